@@ -1,0 +1,193 @@
+"""From a parsed recipe to objects: device, data, space, supernet, costs, strategy; and from arch.json to a plain network."""
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from jsonargparse import Namespace
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import fx, nn
+
+from nas import ranks
+from nas.cost import PRICES, CostTable
+from nas.data import Data
+from nas.engine import seed_from
+from nas.losses import CrossEntropy
+from nas.precision import in_precision
+from nas.protocols import Setup, Strategy
+from nas.recipe import UsageError, build
+from search_spaces.arch import ArchFile, space_of
+from search_spaces.space import Arch, SearchSpace
+from supernets.elastic import Leaf
+from supernets.extract import extract
+
+
+@dataclass
+class Built:
+    """Everything a search needs. ``net`` runs in the recipe's precision; ``costs`` are MACs of the derived view."""
+
+    device: torch.device
+    ranks: ranks.Ranks
+    data: Data
+    space: SearchSpace
+    net: Any
+    costs: CostTable
+    strategy: Strategy
+    loss: CrossEntropy
+    setup: Setup
+
+    def prices(self, arch: Arch) -> dict[str, int | float]:
+        return {name: self.costs.priced(price).of(arch) for name, price in PRICES.items()}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of ``--device``. UsageError where CUDA is asked and there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name} is not known. Allowed: auto, cpu, cuda, cuda:N.") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu or auto.")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    return device
+
+
+def data_of(config: Namespace) -> Data:
+    return Data(**config.data.as_dict())
+
+
+def loss_of(config: Namespace) -> CrossEntropy:
+    return CrossEntropy(**config.loss.as_dict())
+
+
+def restricted(space: SearchSpace, patterns: Mapping[str, Any]) -> SearchSpace:
+    """``space`` with every choice that a pattern matches restricted to its options, "largest" or "smallest".
+
+    Patterns are read in order. UsageError where one matches no choice.
+    """
+    for pattern, options in patterns.items():
+        names = [choice.name for choice in space.choices if fnmatchcase(choice.name, pattern)]
+        if not names:
+            raise UsageError(f"restrict: {pattern!r} matches no choice of {space.name}. Choices: {_some(space)}.")
+        if options in ("largest", "smallest"):
+            end = space.largest() if options == "largest" else space.smallest()
+            space = space.restrict({name: [end[name]] for name in names})
+        else:
+            values = options if isinstance(options, list | tuple) else [options]
+            space = space.restrict({name: values for name in names})
+    return space
+
+
+def _some(space: SearchSpace) -> str:
+    names = [choice.name for choice in space.choices]
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def assemble(config: Namespace) -> Built:
+    """Objects of a parsed search recipe. UsageError and ValueError in one line."""
+    for key in ("space", "supernet", "strategy"):
+        if not config.get(key):
+            raise UsageError(f"{key} is missing: name a recipe (nas search RECIPE), or give --{key}.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = device_of(config.device)
+    group = ranks.start(device)
+    if device.type == "cuda" and group.world > 1:
+        device = torch.device("cuda", group.local_rank)
+    data = data_of(config)
+    space = restricted(build(config.space), config.restrict)
+    net = build(config.supernet, space=space, channels=data.shape[0], classes=len(data.classes))
+    net.reset(torch.Generator().manual_seed(seed_from(config.seed, "weights")))
+    if config.init:
+        adopt(net, space.root.largest(), load_weights(config.init), torch.zeros(2, *data.shape))
+    net = in_precision(net.to(device), config.precision, config.channels_last)
+    costs = CostTable(net, data.shape[1:])
+    feed = data.feed(config.seed, device, group.rank, group.world)
+    loss = loss_of(config)
+    epoch_steps = feed.epoch_steps()
+    setup = Setup(net, space, costs, loss, None, config.epochs * epoch_steps, epoch_steps, data.count("train"))
+    return Built(device, group, data, space, net, costs, build(config.strategy), loss, setup)
+
+
+def load_weights(path: str) -> dict[str, torch.Tensor]:
+    """A safetensors file. UsageError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors weights: {error}") from None
+
+
+def adopt(net: nn.Module, arch: Arch, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
+    """Puts the weights of a plain network of ``arch`` into the supernet's slices; the inverse of extraction.
+
+    Raises ValueError, naming the first keys, where the weights are of another network.
+    """
+    plain = extract(net, arch, x, inherit=False)
+    own = plain.state_dict()
+    wrong = sorted(key for key in {*own, *weights} if key not in own or key not in weights)
+    wrong += [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if wrong:
+        raise ValueError(
+            f"these weights are not of this space's largest network: {wrong[0]} and {len(wrong) - 1} other keys differ. "
+            "Train it by nas extract RECIPE --arch largest, then nas retrain."
+        )
+    plain.load_state_dict(dict(weights))
+    modules = dict(plain.named_modules())
+    for path, leaf in net.named_modules():
+        if isinstance(leaf, Leaf):
+            inner = {name[len(path) + 1 :]: module for name, module in modules.items() if f"{name}.".startswith(f"{path}.")}
+            if inner:
+                leaf.adopt(inner)
+
+
+def rebuild(file: ArchFile, seed: int = 0) -> fx.GraphModule:
+    """The plain network of an arch.json, with fresh weights drawn from ``seed``. ValueError where its space has no supernet here.
+
+    Convention instead of a registry: the supernets of search_spaces.NAME are built by ``supernets.NAME.build``.
+    """
+    space = space_of(file)
+    module = importlib.import_module("supernets." + space.name.partition(".")[0])
+    net = module.build(space, file.input[0], len(file.classes))
+    return extract(net, file.arch, torch.zeros(2, *file.input), inherit=False, seed=seed)
+
+
+def arch_file(built: Built, arch: Arch, metrics: dict[str, Any], config: Mapping[str, Any]) -> ArchFile:
+    """arch.json for ``arch`` of this run, its provenance included."""
+    text = json.dumps(config, sort_keys=True)
+    return ArchFile.of(
+        built.space.root,
+        built.space.canonical(arch),
+        input=built.data.shape,
+        classes=tuple(built.data.classes),
+        preprocess=built.data.preprocess,
+        costs=built.prices(arch),
+        metrics=metrics,
+        provenance={
+            "strategy": type(built.strategy).__name__.lower(),
+            "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "seed": int(config["seed"]),
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }  # fmt: skip
+
+

@@ -1,0 +1,153 @@
+"""nas extract RUN|RECIPE --arch FILE|derived|largest|smallest|random:SEED --out DIR: a plain network as a bundle."""
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from nas import checkpoint
+from nas.build import Built, arch_file, assemble
+from nas.bundle import prove, write_bundle
+from nas.cost import budget
+from nas.engine import seed_from
+from nas.evaluate import score_plain, statistics_of
+from nas.recalibrate import install
+from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
+from search_spaces.arch import read_arch
+from search_spaces.space import Arch
+from supernets.extract import extract
+
+_log = logging.getLogger("nas")
+SOURCES = ("auto", "inherited", "scratch")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="nas extract", exit_on_error=False, description="an architecture as a plain network")
+    parser.add_argument("source", help="run folder, or recipe (untrained weights)")
+    parser.add_argument("--arch", default="derived", help="arch.json file, derived, largest, smallest, random:SEED or random:SEED@55%%")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the bundle; default RUN/bundle")
+    parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
+    parser.add_argument("--pt2", action="store_true", help="write model.pt2 (torch.export) too")
+    parser.add_argument("--set", type=list[str], default=[], help="overrides of the recipe, for instance [--data.root=/data]")
+    parser.add_argument("--bn-images", type=int, default=2000, help="training images that recalibrate batch norms")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    config = parse(_parser(), {}, argv)
+    if config.weights not in SOURCES:
+        raise UsageError(f"--from {config.weights} is not known. Allowed: {', '.join(SOURCES)}.")
+    folder, built, plain = load_source(config.source, [*config.set, f"--device={config.device}"])
+    out = Path(config.out) if config.out else (folder / "bundle" if folder else None)
+    if out is None:
+        raise UsageError("--out is missing: where shall the bundle of a recipe go?")
+    arch, metrics = arch_of(config.arch, folder, built)
+    inherit = config.weights != "scratch"
+    try:
+        path, report = write(built, arch, metrics, plain, out, inherit, config, trained=folder is not None)
+    except ValueError as error:
+        if config.weights != "auto" or "cannot be inherited" not in str(error):
+            raise
+        _log.info("fresh weights: %s", error)
+        path, report = write(built, arch, metrics, plain, out, False, config, trained=folder is not None)
+    if report["logits_max_difference"] is not None:
+        _log.info("largest difference to the supernet's logits: %.3g", report["logits_max_difference"])
+    _log.info("%s MACs, %s parameters, counted and predicted alike; weights: %s", f"{report['macs']['counted']:,}",
+              f"{report['params']['counted']:,}", report["weights"])
+    print(json.dumps({"bundle": str(path), **report}) if config.json else path)
+    return 0
+
+
+def load_source(source: str, overrides: Sequence[str]) -> tuple[Path | None, Built, dict[str, Any]]:
+    """A run folder with its trained weights, or a recipe with fresh ones: (folder, objects, config)."""
+    parser = search_parser()
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        parsed = parse(parser, read(folder / "config.yaml"), overrides)
+    elif folder.is_dir():
+        raise UsageError(f"{source} is not a run folder: it lacks config.yaml. Give what nas search wrote, or a recipe.")
+    else:
+        folder, parsed = None, parse(parser, read(find(source)), overrides)  # type: ignore[assignment]
+    parsed.init = parsed.init if folder is None else None
+    built = assemble(parsed)
+    torch.manual_seed(seed_from(parsed.seed, "start"))
+    if folder is not None:
+        built.strategy.start(built.setup)
+        payload, path = checkpoint.load(folder / "checkpoints", built.device)
+        checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
+        _log.info("weights of %s, step %d", path, payload["step"])
+    return folder, built, plain_config(parser, parsed)
+
+
+def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[str, Any]]:
+    """The architecture that ``--arch`` names, and its metrics where a file states them."""
+    space = built.space
+    if name in ("largest", "smallest"):
+        return (space.largest() if name == "largest" else space.smallest()), {}
+    if name.startswith("random:"):
+        seed, _, share = name[7:].partition("@")
+        if not seed.isdigit():
+            raise UsageError(f"--arch {name}: the seed must be a whole number, for instance random:1 or random:1@55%.")
+        return (random_near(built, int(seed), share) if share else space.sample(random.Random(int(seed)))), {}
+    if name == "derived":
+        if folder is None:
+            raise UsageError("--arch derived needs a run folder. Allowed for a recipe: FILE, largest, smallest, random:SEED.")
+        if not (folder / "arch.json").is_file():
+            raise UsageError(f"{folder} has no arch.json yet: finish it with nas search --resume auto --out {folder}.")
+        name = str(folder / "arch.json")
+    if not Path(name).is_file():
+        raise UsageError(f"--arch {name}: there is no such file. Allowed: an arch.json, derived, largest, smallest, random:SEED.")
+    file = read_arch(name, expect=space)
+    space.root.check(file.arch)
+    return dict(file.arch), dict(file.metrics)
+
+
+def random_near(built: Built, seed: int, amount: str, tolerance: float = 0.05, tries: int = 1_000_000) -> Arch:
+    """The first of uniform random architectures whose MACs lie within ``tolerance`` of ``amount`` ("55%", or MACs)."""
+    target = budget(amount, built.costs, built.space, f"--arch random:{seed}@{amount}")
+    rng = np.random.default_rng(seed)
+    for _ in range(tries // 50_000):
+        codes = built.space.random_codes(rng, 50_000)
+        hits = np.flatnonzero(np.abs(built.costs.batch(codes) - target) <= tolerance * target)
+        if len(hits):
+            return built.space.decode(codes[hits[:1]])[0]
+    raise UsageError(f"--arch random:{seed}@{amount}: none of {tries:,} random architectures is within {tolerance:.0%} of it.")
+
+
+def write(
+    built: Built, arch: Arch, metrics: dict[str, Any], plain: dict[str, Any], out: Path, inherit: bool, config: Namespace,
+    trained: bool,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """Recalibrate, extract, prove (law 6), write."""
+    net = built.strategy.network(arch) if trained else built.net
+    x = next(iter(built.data.batches("train", built.device, batch_size=8))).x
+    reference = None
+    if inherit:
+        extract(net, arch, x)  # refuses early what cannot be inherited
+        install(net, statistics_of(net, [arch], built.data, built.device, config.bn_images)[0])
+    net.eval()
+    with torch.no_grad():
+        graph = extract(net, arch, x, inherit=inherit, seed=seed_from(plain["seed"], "fresh"))
+        if inherit:
+            reference = type(net).forward(net, x, arch)  # in float32, whatever precision the run trains in
+    predicted = {name: int(cost) for name, cost in built.prices(arch).items() if name in ("macs", "params")}
+    report = prove(graph, x, predicted, reference)
+    if trained and inherit and built.data.holds("select"):
+        scores = score_plain(graph, built.data, "select", built.device)
+        metrics = {"top1": {"value": scores.top1, "split": built.data.reads("select"), "n": scores.n,
+                            "weights": "inherited", "bn": "recalibrated"}}  # fmt: skip
+    report["recipe"] = {key: plain[key] for key in ("data", "loss", "retrain", "seed", "precision", "channels_last")}
+    file = arch_file(built, arch, metrics if inherit else {}, plain)
+    write_bundle(out, graph.cpu(), file, report, x.cpu(), onnx=config.onnx, pt2=config.pt2)
+    return out, report

@@ -1,0 +1,149 @@
+"""nas retrain BUNDLE [--from scratch|inherited] [--teacher BUNDLE]: train a plain network by the strategy ``plain``."""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from nas import ranks
+from nas.build import data_of, device_of, loss_of, rebuild, versions
+from nas.bundle import Bundle, load_bundle, prove, write_bundle
+from nas.data import Data
+from nas.engine import Outcome, seed_from
+from nas.evaluate import score_plain
+from nas.log import RunLogs
+from nas.precision import in_precision
+from nas.protocols import Moment, Setup, Strategy
+from nas.recipe import UsageError, find, parse, plain_config, read, retrain_parser
+from nas.run import Run
+from nas.strategies.plain import Plain
+
+_log = logging.getLogger("nas")
+
+
+def run(argv: Sequence[str]) -> int:
+    args, parser = list(argv), retrain_parser()
+    if not args or args[0].startswith("-"):
+        if any(word in args for word in ("-h", "--help", "--print_config")):
+            parse(parser, {}, args)
+        raise UsageError("which bundle? nas retrain BUNDLE, with a folder that nas extract wrote.")
+    bundle = load_bundle(Path(args.pop(0)), rebuild)
+    recipe = None
+    if "--recipe" in args:
+        i = args.index("--recipe")
+        if i + 1 == len(args):
+            raise UsageError("--recipe: which? Give a shipped name or a .yaml file.")
+        recipe = read(find(args[i + 1]))
+        del args[i : i + 2]
+    config = parse(parser, base_of(bundle.report.get("recipe", {}) if recipe is None else recipe), args)
+    if config.weights not in ("scratch", "inherited"):
+        raise UsageError(f"--from {config.weights} is not known. Allowed: scratch, inherited.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = device_of(config.device)
+    group = ranks.start(device)
+    data = data_of(config)
+    same_task(bundle, data)
+    if group.main:
+        _log.info("%s", data.describe())
+    net = bundle.module if config.weights == "inherited" else rebuild(bundle.arch, seed_from(config.seed, "fresh"))
+    net = in_precision(net.train().to(device), config.precision, config.channels_last)
+    teacher = teacher_of(config.teacher, device, config, data)
+    feed = data.feed(config.seed, device, group.rank, group.world)
+    epoch_steps = feed.epoch_steps() // config.plain.accumulate or 1
+    setup = Setup(net, None, None, loss_of(config), teacher, config.epochs * epoch_steps, epoch_steps, data.count("train"))
+    strategy = Plain(**config.plain.as_dict())
+    plain = {**plain_config(parser, config), "bundle": str(bundle.path), "teacher": config.teacher}
+    out = config.out or f"runs/retrain-{bundle.path.resolve().name}"
+    run = Run(out, plain, device=device, ranks=group, resume=config.resume, period=config.log_every)
+    if group.main:
+        _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
+    try:
+        every = [(config.evaluate_every * epoch_steps, Reading(data, device, run.log))] if group.main else []
+        outcome = run.fit(strategy, setup, feed, seed=config.seed, every=every, max_time=config.max_time)
+        return conclude(bundle, strategy, data, device, config, run, outcome) if group.main else outcome.exit
+    finally:
+        run.close()
+
+
+def base_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Retraining's settings from a search recipe: its ``retrain`` section over its data, loss and precision."""
+    own = dict(recipe.get("retrain") or {})
+    unknown = sorted(set(own) - {"epochs", "plain", "data", "loss"})
+    if unknown:
+        raise UsageError(f"retrain.{unknown[0]} is not a known key. Allowed: epochs, plain, data, loss.")
+    base: dict[str, Any] = {"data": {**recipe.get("data", {}), **own.get("data", {})}}
+    base["loss"] = {**recipe.get("loss", {}), **own.get("loss", {})}
+    base.update({key: own[key] for key in ("epochs", "plain") if key in own})
+    base.update({key: recipe[key] for key in ("precision", "channels_last", "threads", "seed") if key in recipe})
+    return base
+
+
+def same_task(bundle: Bundle, data: Data) -> None:
+    """ValueError where the data are not what the network was made for."""
+    if tuple(bundle.arch.input) != tuple(data.shape) or list(bundle.arch.classes) != list(data.classes):
+        raise ValueError(
+            f"{bundle.path} expects images {tuple(bundle.arch.input)} of {len(bundle.arch.classes)} classes; the data have "
+            f"{tuple(data.shape)} and {len(data.classes)}. Name its own data with --data.name and --data.root."
+        )
+
+
+def teacher_of(path: str | None, device: torch.device, config: Namespace, data: Data) -> Any:
+    """The teacher's network in eval mode without gradients, in the run's precision; None where none is named."""
+    if path is None:
+        return None
+    bundle = load_bundle(Path(path), rebuild)
+    same_task(bundle, data)
+    net = bundle.module.to(device).requires_grad_(False)
+    return in_precision(net, config.precision, config.channels_last).eval()
+
+
+class Reading:
+    """An act of the engine: accuracy on the select split (where there is one) as the training goes on."""
+
+    def __init__(self, data: Data, device: torch.device, log: RunLogs) -> None:
+        self.data, self.device, self.log = data, device, log
+
+    def __call__(self, now: Moment, strategy: Strategy) -> None:
+        if self.data.holds("select"):
+            scores = score_plain(strategy.network({}), self.data, "select", self.device)
+            self.log.now(now.step, {"valid/top1": scores.top1, "valid/loss": scores.loss})
+
+
+def conclude(
+    bundle: Bundle, strategy: Strategy, data: Data, device: torch.device, config: Namespace, run: Run, outcome: Outcome
+) -> int:  # fmt: skip
+    """Reads the test split once, writes the trained bundle and prints where it is."""
+    if outcome.reason != "done":
+        _log.info("stopped (%s) after step %d; continue with --resume auto --out %s", outcome.reason, outcome.step, run.folder)
+        print(run.folder)
+        return outcome.exit
+    net = strategy.network({})
+    split = "test" if data.holds("test") else "select" if data.holds("select") else None
+    metrics = {}
+    if split:
+        scores = score_plain(net, data, split, device)
+        metrics = {"top1": {"value": scores.top1, "split": split, "n": scores.n,
+                            "weights": "fine-tuned" if config.weights == "inherited" else "scratch", "bn": "running"}}
+        _log.info("top-1 %.4f on %d %s images", scores.top1, scores.n, split)
+    example = next(iter(data.batches("train", device, batch_size=8))).x.cpu()
+    graph = rebuild(bundle.arch)
+    graph.load_state_dict({key: value.cpu() for key, value in net.state_dict().items()})
+    graph.eval()
+    predicted = {name: int(cost) for name, cost in bundle.arch.costs.items() if name in ("macs", "params")}
+    with torch.no_grad():
+        report = {**prove(graph, example, predicted, graph(example)), "recipe": bundle.report.get("recipe", {})}
+    report["retrain"] = {"teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step}
+    file = replace(bundle.arch, metrics=metrics, provenance={
+        **bundle.arch.provenance, "retrained": "plain", "retrain_seed": config.seed, "versions": versions()})  # fmt: skip
+    path = run.folder / "bundle"
+    if not path.exists():
+        write_bundle(path, graph, file, report, example)
+    print(json.dumps({"bundle": str(path), "metrics": metrics}) if config.json else path)
+    return outcome.exit

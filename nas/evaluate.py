@@ -1,0 +1,79 @@
+"""Accuracy of networks: overall and per class, and of many subnets of one supernet with recalibrated batch norms."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.data import Data
+from nas.protocols import Batch
+from nas.recalibrate import Statistics, install, recalibrate
+from search_spaces.space import Setting
+
+
+class Scores(NamedTuple):
+    """``top1`` and mean cross-entropy ``loss`` over ``n`` images; of each class, how many are right and how many there are."""
+
+    top1: float
+    loss: float
+    n: int
+    right: tuple[int, ...]
+    count: tuple[int, ...]
+
+
+def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int) -> Scores:
+    """Reads every batch once. Sums are kept in float64, so the result depends on no batch size. ValueError without images."""
+    right = torch.zeros(classes, dtype=torch.int64)
+    count = torch.zeros(classes, dtype=torch.int64)
+    loss = 0.0
+    with torch.no_grad():
+        for x, y, _ in batches:
+            z = forward(x)
+            y = y.argmax(1) if y.ndim == 2 else y
+            loss += float(F.cross_entropy(z.double(), y, reduction="sum"))
+            hit = z.argmax(1) == y
+            right += torch.bincount(y[hit], minlength=classes).cpu()
+            count += torch.bincount(y, minlength=classes).cpu()
+    n = int(count.sum())
+    if n == 0:
+        raise ValueError("there are no images to evaluate: name a split that holds some.")
+    return Scores(float(right.sum()) / n, loss / n, n, tuple(right.tolist()), tuple(count.tolist()))
+
+
+def score_plain(net: nn.Module, data: Data, split: str, device: torch.device, limit: int | None = None) -> Scores:
+    """Scores of a plain network in eval mode; its mode is left as it was."""
+    was = net.training
+    net.eval()
+    try:
+        return score(net, data.batches(split, device, limit=limit), len(data.classes))
+    finally:
+        net.train(was)
+
+
+def statistics_of(
+    net: nn.Module, archs: Sequence[Mapping[str, Setting]], data: Data, device: torch.device, images: int
+) -> list[Statistics]:
+    """Recalibration of many architectures on the same ``images`` training images, in the training view, read once."""
+    batches = max(1, images // data.batch_size)
+    return recalibrate(net, archs, (b.x for b in islice(data.batches("train", device, augmented=True), batches)))
+
+
+def score_archs(
+    net: Any, archs: Sequence[Mapping[str, Setting]], data: Data, split: str, device: torch.device,
+    bn_images: int = 2000, limit: int | None = None,
+) -> list[Scores]:  # fmt: skip
+    """Scores of subnets, each with its own recalibrated statistics; the last one's are left in the net's buffers."""
+    found = []
+    was = net.training
+    for arch, statistics in zip(archs, statistics_of(net, archs, data, device, bn_images)):
+        install(net, statistics)
+        net.eval()
+        try:
+            found.append(score(lambda x, a=arch: net(x, a), data.batches(split, device, limit=limit), len(data.classes)))
+        finally:
+            net.train(was)
+    return found

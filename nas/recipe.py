@@ -1,0 +1,189 @@
+"""Recipes: typed YAML by jsonargparse, dotted overrides, and one clear line for what is wrong.
+
+A recipe is data that names classes by import path; nothing else in the project names them together. Recipes are code and
+trusted like code. A name without a path is a shipped one (nas/recipes/NAME.yaml).
+"""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import nn
+
+from nas.data import Data
+from nas.losses import CrossEntropy
+from nas.protocols import Strategy
+from nas.strategies.plain import Plain
+from search_spaces.space import SearchSpace
+
+SHIPPED = Path(__file__).parent / "recipes"
+RUN_KEYS = ("out", "resume", "dry_run", "max_time", "init", "json", "debug", "device", "teacher", "config")
+"""How a run is executed, not what it computes: left out of what a resumed run must share with the run it continues."""
+
+
+class UsageError(ValueError):
+    """Bad usage or bad input: one line for the user, exit code 2."""
+
+
+def add_run_options(parser: ArgumentParser, resume: bool = True) -> None:
+    """The options that every verb which trains understands."""
+    parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch")
+    parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (autocast)")
+    parser.add_argument("--channels-last", type=bool, default=False, help="memory layout of images and weights")
+    parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/<recipe>, then -2, -3")
+    if resume:
+        parser.add_argument("--resume", default="never", help="auto: continue the newest run of this name; never")
+        parser.add_argument("--max-time", type=float | None, default=None, help="seconds; saves and stops there")
+        parser.add_argument("--dry-run", action="store_true", help="time and memory from three measured steps, no run")
+        parser.add_argument("--log-every", type=int, default=10, help="steps a line of metrics.jsonl averages over")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on the last line of stdout")
+    parser.add_argument("--debug", action="store_true", help="tracebacks")
+
+
+def search_parser() -> ArgumentParser:
+    """What a search recipe may say."""
+    parser = ArgumentParser(prog="nas search", exit_on_error=False, description="train a supernet, pick an architecture")
+    parser.add_subclass_arguments(SearchSpace, "space", required=False)
+    parser.add_subclass_arguments(nn.Module, "supernet", required=False, skip={"space", "channels", "classes"})
+    parser.add_argument("--strategy", type=Strategy | None, default=None)
+    parser.add_argument("--restrict", type=dict[str, Any], default={}, help="pattern -> options, largest or smallest")
+    parser.add_class_arguments(Data, "data")
+    parser.add_class_arguments(CrossEntropy, "loss")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--evaluate.every", type=int, default=1, help="epochs between readings of the derived architecture")
+    parser.add_argument("--evaluate.images", type=int | None, default=None, help="images of the select split; default all")
+    parser.add_argument("--evaluate.bn_images", type=int, default=2000, help="training images that recalibrate batch norms")
+    parser.add_argument("--retrain", type=dict[str, Any], default={}, help="what nas retrain does with the result")
+    parser.add_argument("--init", type=str | None, default=None, help="weights.safetensors into the largest network")
+    add_run_options(parser)
+    return parser
+
+
+def retrain_parser() -> ArgumentParser:
+    """What retraining may say; ``nas retrain`` fills it from the bundle's own recipe first."""
+    parser = ArgumentParser(prog="nas retrain", exit_on_error=False, description="train a bundle's plain network")
+    parser.add_argument("--from", dest="weights", default="scratch", help="scratch or inherited")
+    parser.add_argument("--teacher", type=str | None, default=None, help="bundle of the teacher (knowledge distillation)")
+    parser.add_class_arguments(Plain, "plain")
+    parser.add_class_arguments(Data, "data")
+    parser.add_class_arguments(CrossEntropy, "loss")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--evaluate-every", type=int, default=1, help="epochs between readings on the select split")
+    add_run_options(parser)
+    return parser
+
+
+def data_parser(prog: str) -> ArgumentParser:
+    """The data options alone, for verbs that only read."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_class_arguments(Data, "data")
+    return parser
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one. UsageError names the nearest."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UsageError(f"recipe {name}: there is no such file. Give a .yaml file, or the name of a shipped recipe.")
+        return path
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)
+        raise UsageError(f"recipe {name!r} is not known. Allowed: {', '.join(shipped)}, or a .yaml file. Nearest: {near[0]}.")
+    return shipped[name]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no recipe: its top level must be keys and values.")
+    return content
+
+
+def parse(parser: ArgumentParser, base: Mapping[str, Any], overrides: Sequence[str]) -> Namespace:
+    """``base`` (a recipe's content), then dotted ``overrides`` of the command line. UsageError in one line."""
+    with _one_line(parser):
+        known = set(base)
+        config = parser.parse_object(dict(base)) if known else None
+        return parser.parse_args(list(overrides), namespace=config)
+
+
+def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """What a run computes, as plain data: everything but ``RUN_KEYS``."""
+    content = yaml.safe_load(parser.dump(config, skip_validation=True))
+    return {key: value for key, value in content.items() if key not in RUN_KEYS}
+
+
+def build(spec: Namespace, **more: Any) -> Any:
+    """The object of a ``class_path`` / ``init_args`` pair. Classes outside this project are imported, as a recipe may name
+    them. ValueError of the class itself passes through; a missing argument is a UsageError."""
+    module, _, name = spec.class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    given = spec.init_args.as_dict() if spec.get("init_args") else {}
+    try:
+        return kind(**given, **more)
+    except TypeError as error:
+        raise UsageError(f"{spec.class_path}: {error}. Check init_args in the recipe.") from None
+
+
+@contextlib.contextmanager
+def _one_line(parser: ArgumentParser) -> Iterator[None]:
+    try:
+        yield
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), parser)) from None
+    except SystemExit as stop:  # --help prints and leaves with 0
+        if stop.code:
+            raise UsageError(f"{parser.prog}: bad usage; see {parser.prog} --help") from None
+        raise
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message as one line, with the nearest known key where one is not known."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    where = [m.group(1) for line in lines if (m := re.match(r'Parser key "([^"]+)"', line))]
+    unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: (?:--)?([^\s=]+)", message)
+    path = re.search(r"Problem with given class_path '([^']+)'", message)
+    if unknown:
+        name = unknown.group(1) or unknown.group(2)
+        keys = _class_keys(path.group(1)) if path else _keys(parser)
+        name = name.replace("-", "_")
+        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
+        inside = f" of {path.group(1)}" if path else ""
+        return f"{name} is not a known key{inside}." + (f" Nearest: {near[0]}." if near else "")
+    reason = " ".join(line for line in lines if not line.startswith(("Parser key", "Problem with given")))
+    if path and "has no attribute" in message:
+        module = path.group(1).rpartition(".")[0]
+        with contextlib.suppress(ImportError):
+            names = [n for n, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
+            near = difflib.get_close_matches(path.group(1).rpartition(".")[2], names, n=1, cutoff=0.0)
+            reason += f". Nearest: {module}.{near[0]}" if near else ""
+    return (f"{'.'.join(where)}: " if where else "") + reason
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+
+
+def _class_keys(path: str) -> list[str]:
+    import inspect
+
+    module, _, name = path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError):
+        return []

@@ -1,0 +1,245 @@
+"""A run: a folder that a strategy is trained in, and continued in after a kill.
+
+    run = Run("runs/tas", config, device="cpu", ranks=ranks.start("cpu"), resume="auto")
+    outcome = run.fit(strategy, setup, draw, seed=1, every=[(setup.epoch_steps, evaluate)])
+    run.close()
+"""
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import yaml
+
+from nas import checkpoint
+from nas.checkpoint import Stateful
+from nas.engine import Act, Outcome, Progress, seed_from, signals, train
+from nas.log import NonFiniteLoss, RunLog, RunLogs, Silent
+from nas.protocols import Batch, Draw, Moment, Setup, Strategy
+from nas.ranks import Ranks, broadcast_, share
+
+_logger = logging.getLogger("nas")
+_ALONE = Ranks(rank=0, world=1, local_rank=0, main=True)
+
+
+class Source(Draw, Stateful, Protocol):
+    """A draw whose position can be saved; the same on every rank."""
+
+
+class _Fitted(NamedTuple):
+    strategy: Strategy
+    draw: Source
+    seed: int
+    keep: Mapping[str, Stateful]
+
+
+class Run:
+    """The folder of one run. ``resume``: "auto" continues the newest of ``out``, ``out``-2, ... that has a checkpoint;
+    "never", or nothing to continue: ``out``, or the first ``out``-2, ``out``-3, ... that is free.
+
+    Attributes: ``folder``; ``start``, the first step to do; ``log``. Only the main rank writes.
+    Raises ValueError where the checkpoint to continue from is damaged or of another ``config`` (plain data).
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: Mapping[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = _ALONE,
+        resume: str = "auto",
+        period: int = 10,
+    ) -> None:
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume = {resume!r}. Allowed: 'auto', 'never'.")
+        self.config = json.loads(json.dumps(config))  # plain data only, as it will be read back
+        self.device, self.ranks = torch.device(device), ranks
+        self.folder = Path(share(str(_choose(Path(out), resume) if ranks.main else "")))
+        self.checkpoints = self.folder / "checkpoints"
+        self.loaded: dict[str, Any] | None = None
+        if _has_checkpoint(self.folder):
+            self.loaded, path = checkpoint.load(self.checkpoints, self.device)
+            checkpoint.check_config(self.loaded["config"], self.config, path)
+        self.start: int = self.loaded["step"] if self.loaded else 0
+        self.good: Path | None = self.checkpoints / "last.pt" if self.loaded else None
+        self.saved = self.start if self.loaded else None  # the step of last.pt
+        self.fitted: _Fitted | None = None
+        if ranks.main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            _describe(self.folder, self.config, self.device)
+        self.log: RunLogs = (
+            RunLog(self.folder, period=period, start=self.start, world=ranks.world) if ranks.main else Silent()
+        )
+
+    def fit(
+        self,
+        strategy: Strategy,
+        setup: Setup,
+        draw: Source,
+        *,
+        seed: int,
+        every: Sequence[tuple[int, Act]] = (),
+        save_every: int | None = None,
+        max_time: float | None = None,
+        keep: Mapping[str, Stateful] | None = None,
+    ) -> Outcome:
+        """Start ``strategy``, or restore it, and train it to ``setup.steps``; the end is saved, whatever ended it.
+
+        ``every``: (period in steps, act). ``save_every``: steps between checkpoints, an epoch by default.
+        ``max_time``: seconds. ``keep``: what else is part of a checkpoint, by name (an act with a memory).
+        Raises TypeError where the strategy holds what a checkpoint cannot, NonFiniteLoss (with the state in
+        checkpoints/failed.pt) where a loss or a trained parameter is not finite.
+        """
+        torch.manual_seed(seed_from(seed, "start"))  # the same on every rank
+        broadcast_(setup.net.state_dict().values())
+        strategy.start(setup)
+        checkpoint.check(strategy)
+        self.fitted = _Fitted(strategy, draw, seed, keep or {})
+        if self.loaded:
+            if self.loaded["seed"] != seed:
+                raise ValueError(f"{self.folder} began with seed {self.loaded['seed']}, not {seed}. Resume with it.")
+            checkpoint.restore(strategy, self.loaded["strategy"], self.checkpoints)
+            draw.load_state_dict(self.loaded["draw"])
+            self.log.load_state_dict(self.loaded["log"])
+            for name, part in self.fitted.keep.items():
+                part.load_state_dict(self.loaded["keep"][name])
+            self.loaded = None  # its memory
+        if self.ranks.main:
+            checkpoint.keep_teacher(self.checkpoints, strategy)
+        acts = [*every, (setup.epoch_steps if save_every is None else save_every, self._save_act)]
+        progress = Progress(setup.steps, self.start, lambda: self.log.latest) if self.ranks.main else None
+        if progress:
+            acts.append((1, progress))
+        try:
+            with signals(max_time) as stop:
+                outcome = train(
+                    strategy, _Timed(draw, self.log), self.log, steps=setup.steps, epoch_steps=setup.epoch_steps,
+                    seed=seed, start=self.start, every=acts, stop=stop,
+                )  # fmt: skip
+                self.save(outcome.step)
+        except NonFiniteLoss as failure:
+            failure.checkpoint = self.good
+            if self.ranks.main:
+                checkpoint.write(self.checkpoints / "failed.pt", self._payload(failure.step + 1))
+            raise
+        finally:
+            if progress:
+                progress.close()
+            self.log.flush()
+        return outcome
+
+    def save(self, step: int, name: str = "last") -> None:
+        """Write the state after ``step`` steps: checkpoints/last.pt (the former becomes previous.pt), or ``name``.pt.
+
+        Raises NonFiniteLoss, and leaves the good checkpoints, where a loss or a trained parameter is not finite.
+        """
+        if not self.ranks.main or self.fitted is None or (name == "last" and self.saved == step):
+            return
+        self.log.check()
+        wrong = checkpoint.not_finite(self.fitted.strategy)
+        if wrong is not None:
+            raise NonFiniteLoss(step - 1, *wrong)
+        self.log.flush()  # what the checkpoint counts as written must be
+        if name != "last":
+            checkpoint.write(self.checkpoints / f"{name}.pt", self._payload(step))
+            return
+        self.good = checkpoint.save(self.checkpoints, self._payload(step))
+        self.saved = step
+
+    def close(self) -> None:
+        """Close the log's files."""
+        self.log.close()
+
+    def _save_act(self, now: Moment, strategy: Strategy) -> None:
+        self.save(now.step + 1)
+
+    def _payload(self, step: int) -> dict[str, Any]:
+        assert self.fitted is not None
+        return {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "step": step,
+            "seed": self.fitted.seed,
+            "config": self.config,
+            "config_hash": checkpoint.config_hash(self.config),
+            "strategy": checkpoint.state_of(self.fitted.strategy),
+            "draw": self.fitted.draw.state_dict(),
+            "log": self.log.state_dict(),
+            "keep": {name: part.state_dict() for name, part in self.fitted.keep.items()},
+        }
+
+
+class _Timed:
+    """A draw that tells the log how many images it gave and how long that took."""
+
+    def __init__(self, draw: Draw, log: RunLogs) -> None:
+        self.draw, self.log = draw, log
+
+    def __call__(self, split: str, size: int | None = None, odds: Any = None) -> Batch:
+        began = time.perf_counter()
+        batch = self.draw(split, size, odds)
+        self.log.drew(len(batch.x), time.perf_counter() - began)
+        return batch
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def _choose(out: Path, resume: str) -> Path:
+    """The folder to continue in, or the first that is absent or empty."""
+    taken: list[Path] = []
+    folder = out
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        taken.append(folder)
+        folder = out.with_name(f"{out.name}-{len(taken) + 1}")
+    if resume == "auto":
+        return next((old for old in reversed(taken) if _has_checkpoint(old)), folder)
+    return folder
+
+
+def _describe(folder: Path, config: Mapping[str, Any], device: torch.device) -> None:
+    """Write config.yaml and env.json; where they are there (a resumption), say what of the environment changed."""
+    path = folder / "env.json"
+    env = _environment(device)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in ("versions", "device", "threads") if before.get(key) != env[key]]
+        if changed:
+            _logger.warning("%s: %s changed since the run began: not bit-exact from here", folder, ", ".join(changed))
+        return
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    path.write_text(json.dumps(env, indent=2) + "\n", encoding="utf-8")
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "git": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, or None outside a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -1,0 +1,64 @@
+"""The contract of every family in this package: a new space is one more line in SPACES. And the README's example."""
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import search_spaces
+from search_spaces.arch import ArchFile, space_of
+from search_spaces.resnet import CifarResNet, ImageNetResNet
+from search_spaces.space import SearchSpace
+
+SPACES: list[SearchSpace] = [
+    CifarResNet(8, "tas", widths=(4, 8, 16)), CifarResNet(14, "tied"), CifarResNet(20, "tas"), CifarResNet(32),
+    CifarResNet(44), CifarResNet(56), CifarResNet(110, "tas"), CifarResNet(164, "tas"), CifarResNet(164),
+    ImageNetResNet(18), ImageNetResNet(34, "tas"), ImageNetResNet(50, "tas"), ImageNetResNet(50),
+]
+all_spaces = pytest.mark.parametrize("space", SPACES, ids=str)
+
+
+@all_spaces
+def test_samples_are_legal_and_codes_agree(space: SearchSpace) -> None:
+    rng = random.Random(0)
+    archs = [space.sample(rng) for _ in range(5)] + [space.largest(), space.smallest()]
+    archs += space.decode(space.random_codes(np.random.default_rng(0), 5))
+    for arch in archs:
+        space.check(arch)
+        assert space.canonical(arch) == arch
+    assert space.decode(space.encode(archs)) == archs
+    assert len({space.key(arch) for arch in archs}) >= 10
+
+
+@all_spaces
+def test_one_architecture_is_a_restriction_of_size_one(space: SearchSpace) -> None:
+    arch = space.sample(random.Random(1))
+    fixed = space.restrict({name: [arch[name]] for name in space.counting(arch)})
+    assert fixed.size == 1 < space.size and fixed.largest() == fixed.smallest() == arch
+    assert type(fixed) is type(space) and fixed.root is space
+
+
+@all_spaces
+def test_name_and_args_rebuild_the_space(space: SearchSpace) -> None:
+    file = ArchFile.of(space, space.largest(), input=(3, 8, 8), classes=("a",), preprocess={}, costs={})
+    again = space_of(file)
+    assert type(again) is type(space) and again.choices == space.choices and again.hash == space.hash
+
+
+def test_the_readmes_example_runs() -> None:
+    readme = Path(search_spaces.__file__).with_name("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 1
+    scope: dict = {"__name__": "search_spaces.tower"}
+    exec(compile(blocks[0], "search_spaces/README.md", "exec"), scope)
+    assert scope["space"].name == "tower.Tower" and scope["shallow"].size == 3 + 3**2
+
+
+def test_the_readmes_map_names_every_file() -> None:
+    here = Path(search_spaces.__file__).parent
+    readme = (here / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in here.iterdir() if path.suffix in {".py", ".json"}} - {"__init__.py"}
+    assert {name for name in re.findall(r"^\| `([^`]+)` \|", readme, re.MULTILINE)} == files
