@@ -36,7 +36,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
     parser.add_argument("--pt2", action="store_true", help="write model.pt2 (torch.export) too")
-    parser.add_argument("--set", type=list[str], default=[], help="overrides of the recipe, for instance [--data.root=/data]")
     parser.add_argument("--bn-images", type=int, default=2000, help="training images that recalibrate batch norms")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
@@ -45,10 +44,12 @@ def _parser() -> ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    config = parse(_parser(), {}, argv)
+    parser = _parser()
+    own, overrides = divided(argv)
+    config = parse(parser, {}, own)
     if config.weights not in SOURCES:
         raise UsageError(f"--from {config.weights} is not known. Allowed: {', '.join(SOURCES)}.")
-    folder, built, plain = load_source(config.source, [*config.set, f"--device={config.device}"])
+    folder, built, plain = load_source(config.source, [*overrides, f"--device={config.device}"])
     out = Path(config.out) if config.out else (folder / "bundle" if folder else None)
     if out is None:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
@@ -67,6 +68,18 @@ def run(argv: Sequence[str]) -> int:
               f"{report['params']['counted']:,}", report["weights"])
     print(json.dumps({"bundle": str(path), **report}) if config.json else path)
     return 0
+
+
+def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """This verb's own arguments, and dotted overrides of the recipe (--data.root /data)."""
+    own, overrides, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        dotted = word.startswith("--") and "." in word.partition("=")[0]
+        (overrides if dotted else own).append(word)
+        if dotted and "=" not in word and words:
+            overrides.append(words.pop(0))
+    return own, overrides
 
 
 def load_source(source: str, overrides: Sequence[str]) -> tuple[Path | None, Built, dict[str, Any]]:
