@@ -86,7 +86,7 @@ class Alpha(nn.Module):
 
     def probabilities(self) -> dict[str, list[float]]:
         """softmax(alpha) of every choice over its root options, on the host."""
-        out = {}
+        out: dict[str, list[float]] = {}
         for K, names in self.groups.items():
             rows = torch.softmax(self._masked(K), dim=1).detach().double().cpu().tolist()
             out.update(zip(names, rows))

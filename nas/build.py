@@ -59,7 +59,7 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device {name} is not known. Allowed: auto, cpu, cuda, cuda:N.") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu or auto.")
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto.")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
     return device
@@ -154,9 +154,10 @@ def adopt(net: nn.Module, arch: Arch, weights: Mapping[str, torch.Tensor], x: to
 
 
 def rebuild(file: ArchFile, seed: int = 0) -> fx.GraphModule:
-    """The plain network of an arch.json, with fresh weights drawn from ``seed``. ValueError where its space has no supernet here.
+    """The plain network of an arch.json, with fresh weights drawn from ``seed``.
 
     Convention instead of a registry: the supernets of search_spaces.NAME are built by ``supernets.NAME.build``.
+    ValueError where its space has no supernet here.
     """
     space = space_of(file)
     module = importlib.import_module("supernets." + space.name.partition(".")[0])

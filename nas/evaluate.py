@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Scores(NamedTuple):
     loss: float
     n: int
     right: tuple[int, ...]
-    count: tuple[int, ...]
+    count: tuple[int, ...]  # type: ignore[assignment]  # hides tuple.count
 
 
 def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int) -> Scores:
@@ -73,7 +74,7 @@ def score_archs(
         install(net, statistics)
         net.eval()
         try:
-            found.append(score(lambda x, a=arch: net(x, a), data.batches(split, device, limit=limit), len(data.classes)))
+            found.append(score(partial(net, arch=arch), data.batches(split, device, limit=limit), len(data.classes)))
         finally:
             net.train(was)
     return found

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from search_spaces.space import Choice, Tie, Value
+from search_spaces.choice import Choice, Tie, Value
 
 INERT = None  # the state of a choice that does not count; no option is None
 

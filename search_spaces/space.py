@@ -1,4 +1,4 @@
-"""What may be chosen: choices, spaces, architectures. Pure data; numpy at most.
+"""Search spaces: which architectures there are. Pure data; numpy at most. Import the words of choice.py from here.
 
 An architecture gives every choice of its space one option. A choice counts where all its ``needs`` hold and the
 needed choices count themselves; elsewhere it is inert: whatever it says, the network is the same. A space is only
@@ -15,63 +15,15 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
+from search_spaces.choice import Arch, Choice, Mixture, Setting, Tie, Value, listed, require
 from search_spaces.count import count
 
-Value = int | float | str
-Arch = dict[str, Value]
-
-
-class Mixture(NamedTuple):
-    """A setting that blends options. ``weights``: a Tensor (len(options),) that may need grad; never touched here.
-
-    ``active``: positions to compute, known on the host when drawn; None = all. ``idle``: what the others add,
-    "absent", "ones" (+ w_j, GDAS) or "gate" (only dL/dw_j = <f_j(x), dL/dout>, ProxylessNAS).
-    """
-
-    options: tuple[Value, ...]
-    weights: Any
-    active: tuple[int, ...] | None = None
-    idle: str = "absent"
-
-
-Setting = Value | Mixture
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One decision. ``options``: ascending if ``ordered``, in published order if not.
-
-    ``needs``: ((name, values that make it count), ...), all must hold and each needed choice must itself count.
-    """
-
-    name: str
-    options: tuple[Value, ...]
-    ordered: bool = True
-    needs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(self.options))
-        object.__setattr__(self, "needs", tuple((name, tuple(values)) for name, values in self.needs))
-        if not self.options:
-            raise ValueError(f"{self.name} has no options. A choice needs at least one.")
-        if len(set(self.options)) < len(self.options):
-            raise ValueError(f"{self.name} lists an option twice: {_listed(self.options)}.")
-        if self.ordered and any(a >= b for a, b in zip(self.options, self.options[1:])):  # type: ignore[operator]
-            raise ValueError(f"{self.name} is ordered, so its options must ascend: {_listed(self.options)}.")
-
-
-class Tie(NamedTuple):
-    """The follower's option is ``values[leader's option]``."""
-
-    leader: str
-    values: Mapping[Value, Value]
-
+__all__ = ["Arch", "Choice", "Mixture", "SearchSpace", "Setting", "Tie", "Value", "require"]
 
 Space = TypeVar("Space", bound="SearchSpace")
 
@@ -198,7 +150,7 @@ class SearchSpace:
                                  f"unrestricted space; given: {given}.")
             odds = {option: float(p) for option, p in zip(root.options, row) if option in choice.options}
             if any(math.isnan(p) for p in odds.values()):
-                raise ValueError(f"The probabilities of {choice.name} hold nan: {_listed(odds.values())}.")
+                raise ValueError(f"The probabilities of {choice.name} hold nan: {listed(odds.values())}.")
             arch[choice.name] = max(odds, key=lambda option: odds[option])
         return self._follow(arch)
 
@@ -253,7 +205,7 @@ class SearchSpace:
         missing = [name for name in self._at if name not in arch]
         raise ValueError(f"This architecture does not set {missing[0]}" +
                          (f" and {len(missing) - 1} more of the choices" if missing[1:] else "") +
-                         f" of {self.name}. Allowed: {_listed(self[missing[0]].options)}.")
+                         f" of {self.name}. Allowed: {listed(self[missing[0]].options)}.")
 
     def _unknown(self, name: object) -> str:
         near = difflib.get_close_matches(str(name), self._at, n=1, cutoff=0.0)
@@ -270,7 +222,7 @@ class SearchSpace:
         for name, values in allowed.items():
             choice = self[name]
             if len(values) == 0:
-                raise ValueError(f"{name} would have no option left. Allowed: {_listed(choice.options)}.")
+                raise ValueError(f"{name} would have no option left. Allowed: {listed(choice.options)}.")
             for value in values:
                 require(name, value, choice.options)
             kept[name] = tuple(option for option in choice.options if option in values)
@@ -279,10 +231,10 @@ class SearchSpace:
             over = [option for option in space[name].options if option not in kept[name]]
             if over:
                 leader = self.ties[name].leader
-                raise ValueError(f"{name} follows {leader}, which still asks for {_listed(over)}. Restrict {leader}.")
+                raise ValueError(f"{name} follows {leader}, which still asks for {listed(over)}. Restrict {leader}.")
         return space
 
-    def tie(self: Space, follower: str, leader: str, values: Mapping[Value, Value]) -> Space:
+    def tie(self: Space, follower: str, leader: str, values: Mapping[Any, Value]) -> Space:
         """This space with the option of ``follower`` fixed by the leader's: ``values[leader option]``.
 
         Raises ValueError for unknown names and options, leader options without a value, a tie of a choice to itself
@@ -298,12 +250,12 @@ class SearchSpace:
                 require(follower, value, follows.options)
         missing = [option for option in leads.options if option not in values]
         if missing:
-            raise ValueError(f"{follower} follows {leader}, but no value is given for {leader} = {_listed(missing)}.")
+            raise ValueError(f"{follower} follows {leader}, but no value is given for {leader} = {listed(missing)}.")
         mine = self._conditions(follower)
         for name, needed in self._conditions(leader).items():
             if not mine.get(name, set(self[name].options)) <= needed:
                 raise ValueError(f"{follower} cannot follow {leader}: {leader} may be inert where {follower} counts "
-                                 f"(it needs {name} = {_listed(sorted(needed, key=str))}).")
+                                 f"(it needs {name} = {listed(sorted(needed, key=str))}).")
         ties = {**self.ties, follower: Tie(leader, dict(values))}
         return self._with({choice.name: choice.options for choice in self.choices}, ties)
 
@@ -389,20 +341,3 @@ class SearchSpace:
             raise ValueError(f"Code {codes[n, i]} of {choice.name} in row {n} is not a position in this space. "
                              f"Allowed: 0 to {len(choice.options) - 1}.")
         return codes
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
-def require(name: str, value: Any, options: Sequence[Value]) -> None:
-    """ValueError with name, value, allowed and nearest, where ``value`` is none of ``options``."""
-    if value in options:
-        return
-    near: Any = None
-    if isinstance(value, int | float) and not any(isinstance(option, str) for option in options):
-        near = min(options, key=lambda option: abs(option - value))  # type: ignore[operator]
-    else:
-        near = next(iter(difflib.get_close_matches(str(value), [str(option) for option in options], n=1)), None)
-    raise ValueError(f"{name} = {value} is not in this space. Allowed: {_listed(options)}." +
-                     (f" Nearest: {near}." if near is not None else ""))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from search_spaces.sizes import Layout, Segment, Size, candidates, positions
 from search_spaces.space import Mixture, SearchSpace, Setting
 from supernets.layers import Layer, Shape
-from supernets.mixing import MIXINGS, averaging, fold, idle_ones
+from supernets.mixing import MIXINGS, averaging, fold, idle_ones, plus_idle
 
 Arch = Mapping[str, Setting]
 
@@ -44,6 +44,16 @@ def term(name: str, op: str, sizes: Sequence[Size], when: When | None, shape: Ca
         return shape(*(size.of(*(of[name] for name in size.on)) for size in sizes))
 
     return Layer(name, op, on, evaluate)
+
+
+def prefix(weight: Tensor, dim: int, size: int) -> Tensor:
+    """The first ``size`` along ``dim``; all of them without a slice, whose backward would copy the gradient."""
+    return weight if weight.shape[dim] == size else weight.narrow(dim, 0, size)
+
+
+def sliced(weight: Tensor, into: Layout, x: Tensor, arch: Arch) -> Tensor:
+    """The columns (dimension 1) of ``weight`` that the channels of ``x`` meet."""
+    return prefix(weight, 1, x.shape[1]) if len(into) == 1 else weight[:, positions(into, arch)]
 
 
 def possible_sizes(size: Size, space: SearchSpace) -> tuple[int, ...]:
@@ -117,7 +127,7 @@ class Normalise(nn.Module):
     def affine(self, c: int) -> tuple[Tensor, Tensor]:
         """Scale and shift (c,), (c,) of the candidate of width ``c``; KeyError where there is none."""
         k = self.index[c]
-        return self.weight[k][:c], self.bias[k][:c]
+        return prefix(self.weight[k], 0, c), prefix(self.bias[k], 0, c)
 
     def forward(self, z: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, c, H, W) -> the same; without ``weight`` and ``bias`` it only normalises."""
@@ -174,26 +184,25 @@ class ElasticConv(Leaf):
     def forward(self, x: Tensor, arch: Arch) -> Tensor:
         """(B, c_in, H, W) -> (B, widest active width, H', W')."""
         sizes, weights, rest = self._candidates(arch)
-        kept = slice(x.shape[1]) if len(self.into) == 1 else positions(self.into, arch)
-        weight = self.weight[: max(sizes), kept]
+        weight = sliced(prefix(self.weight, 0, max(sizes)), self.into, x, arch)
         if self.norm is None:
             if weights is not None:
                 weight = self._fold_into(weight, sizes, weights)
-            return F.conv2d(x, weight, stride=self.stride, padding=self.padding) + rest
+            return plus_idle(F.conv2d(x, weight, stride=self.stride, padding=self.padding), rest)
         z = F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         if weights is None:
             return self.norm(z, *self._affine(sizes[0]))
         scales, shifts = zip(*(self._affine(c) for c in sizes))
         if len(sizes) == 1:  # one candidate: no interpolation, so its weight scales the affine
             v = weights[0].to(scales[0].dtype)
-            return self.norm(z, v * scales[0], v * shifts[0]) + rest
+            return plus_idle(self.norm(z, v * scales[0], v * shifts[0]), rest)
         M, b = fold(sizes, weights, scales, shifts, self.mixing)
-        return F.conv2d(self.norm(z), M[:, :, None, None], b) + rest
+        return plus_idle(F.conv2d(self.norm(z), M[:, :, None, None], b), rest)
 
     def _candidates(self, arch: Arch) -> tuple[list[int], list[Tensor] | None, Tensor | float]:
         """Widths, their weights (None for a hard setting), and what idle candidates add."""
         size = self.out[0].size
-        mixtures = [arch[name] for name in size.on if isinstance(arch[name], Mixture)]
+        mixtures = [setting for setting in (arch[name] for name in size.on) if isinstance(setting, Mixture)]
         if not mixtures:
             return [size.at(arch)], None, 0.0
         if any(mixture.idle == "gate" for mixture in mixtures):
@@ -306,8 +315,7 @@ class ElasticLinear(Leaf):
         init_linear(self, generator)
 
     def forward(self, x: Tensor, arch: Arch) -> Tensor:  # (B, c) -> (B, classes)
-        kept = slice(x.shape[1]) if len(self.into) == 1 else positions(self.into, arch)
-        return F.linear(x, self.weight[:, kept], self.bias)
+        return F.linear(x, sliced(self.weight, self.into, x, arch), self.bias)
 
     def plain(self, arch: Arch, *c_in: int, inherit: bool = True) -> nn.Module:
         (i,) = c_in
@@ -352,8 +360,8 @@ class ResidualSum(Leaf):
         if c == C:
             return shortcut + features
         wide, narrow = (shortcut, features) if c > C else (features, shortcut)
-        least = min(c, C)
-        return torch.cat([wide[:, :least] + narrow, wide[:, least:]], dim=1)
+        # Padding, not slices of the wide one and a concatenation: its gradient then passes through without a copy.
+        return wide + F.pad(narrow, (0, 0, 0, 0, 0, abs(c - C)))
 
     def plain(self, arch: Arch, *c_in: int, inherit: bool = True) -> nn.Module:
         c, C = c_in

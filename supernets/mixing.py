@@ -5,7 +5,7 @@ Letters: ``B`` batch, ``C c`` channels, ``H W`` height and width, ``K`` candidat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -60,20 +60,22 @@ def fold(
     statistics are per channel.
     """
     C = max(sizes)
-    columns, shift = [], 0.0
+    M, b = [], []
     for c, v, gamma, beta in zip(sizes, weights, scales, shifts):
-        A = _averaging(c, C, mixing, gamma.dtype, gamma.device)
-        columns.append(F.pad(A * (v.to(gamma.dtype) * gamma), (0, C - c)))
-        shift = shift + A @ (v.to(beta.dtype) * beta)
-    M = columns[0]
-    for column in columns[1:]:
-        M = M + column
-    return M, shift
+        A, v = _averaging(c, C, mixing, gamma.dtype, gamma.device), v.to(gamma.dtype)
+        M.append(F.pad(A * (v * gamma), (0, C - c)) if c < C else A * (v * gamma))
+        b.append(A @ (v * beta))
+    return reduce(torch.add, M), reduce(torch.add, b)
 
 
 def active(mixture: Mixture) -> tuple[int, ...]:
     """The positions of a mixture that are computed."""
     return tuple(range(len(mixture.options))) if mixture.active is None else tuple(mixture.active)
+
+
+def plus_idle(out: Tensor, rest: Tensor | float) -> Tensor:
+    """``out`` and what ``idle_ones`` found; ``out`` itself where that is a plain 0.0, as adding it would copy every number."""
+    return out + rest if isinstance(rest, Tensor) else out
 
 
 def idle_ones(mixture: Mixture) -> Tensor | float:
@@ -114,10 +116,7 @@ def blend(candidates: Sequence[Callable[[Tensor], Tensor]], x: Tensor, mixture: 
     if mixture.idle == "gate":
         out = torch.stack([candidates[j](x) for j in active(mixture)]).sum(0)
         return _Gate.apply(out, w, x.detach(), lambda j, x: candidates[j](x))
-    out = None
-    for j in active(mixture):
-        term = w[j].to(x.dtype) * candidates[j](x)
-        out = term if out is None else out + term
-    if out is None:
+    terms = [w[j].to(x.dtype) * candidates[j](x) for j in active(mixture)]
+    if not terms:
         raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
-    return out + idle_ones(mixture)
+    return plus_idle(reduce(torch.add, terms), idle_ones(mixture))

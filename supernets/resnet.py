@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.space = space
         self.imagenet = isinstance(space.root, ImageNetResNet)
-        kind = {"norm": norm, "mixing": mixing}
+        kind: dict[str, Any] = {"norm": norm, "mixing": mixing}
         image = (Segment(Size((), lambda: channels), channels),)
         stem = Segment(space.stem_size(), space.stem)
         self.stem = ElasticConv(space, image, stem, 7 if self.imagenet else 3, 2 if self.imagenet else 1, **kind)
@@ -108,17 +108,21 @@ class ResNet(nn.Module):
         x = F.relu(self.stem(x, arch), inplace=True)
         if self.pool is not None:
             x = self.pool(x)
-        for s, blocks in enumerate(self.stages):
-            x = self._stage(blocks, arch[self.space.depth_name(s)], x, arch)
+        for s in range(len(self.stages)):
+            x = self._stage(self.blocks(s), arch[self.space.depth_name(s)], x, arch)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         if drop:
             x = F.dropout(x, drop, self.training)
         return self.classifier(x, arch)
 
-    def _stage(self, blocks: Any, depth: Setting, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
+    def blocks(self, s: int) -> list[Block]:
+        """All blocks of stage ``s``."""
+        return list(cast(Iterable[Block], self.stages[s]))
+
+    def _stage(self, blocks: list[Block], depth: Setting, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
         """The first ``depth`` blocks; of a mixture, the taps after each active depth at the widest width (TAS (9))."""
         if not isinstance(depth, Mixture):
-            for block in blocks[:depth]:
+            for block in blocks[: int(depth)]:
                 x = block(x, arch)
             return x
         taps: dict[int, Tensor] = {}
@@ -148,9 +152,9 @@ class ResNet(nn.Module):
         if self.pool is not None:
             hw = _halved(hw)
         sources: list[tuple[When | None, Size]] = [(None, self.space.stem_size())]
-        for s, blocks in enumerate(self.stages):
+        for s in range(len(self.stages)):
             before, hw = hw, _halved(hw) if self.space.stages[s].stride == 2 else hw
-            for b, block in enumerate(blocks):
+            for b, block in enumerate(self.blocks(s)):
                 there = When((self.space.depth_name(s),), lambda d, b=b: d > b) if b else None
                 if b:
                     sources = [(there, self.space.conv_size(s, b - 1, self.space.convs - 1))]
@@ -165,7 +169,7 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _reading(
-        block: Any, before: tuple[int, int], hw: tuple[int, int], when: When | None, source: Size, view: str
+        block: Block, before: tuple[int, int], hw: tuple[int, int], when: When | None, source: Size, view: str
     ) -> Iterator[Layer]:
         """The terms of a block that depend on its input; ``before``: the input's size."""
         yield from block.conv0.layers(before if block.conv2 is not None else hw, when, source)
@@ -177,20 +181,20 @@ class ResNet(nn.Module):
     def _outputs(self, s: int, view: str) -> list[tuple[When | None, Size]]:
         """What stage ``s`` hands on: one alternative, or one for each depth that ends in a width of its own."""
         name, last = self.space.depth_name(s), self.space.convs - 1
-        ends = {d: self.space.conv_size(s, d - 1, last) for d in self.space.root[name].options}
+        ends = {d: self.space.conv_size(s, int(d) - 1, last) for d in self.space.root[name].options}
         if view != "derived" or len({size.on for size in ends.values()}) == 1:
-            return [(None, self.space.conv_size(s, len(self.stages[s]) - 1, last))]  # type: ignore[arg-type]
+            return [(None, self.space.conv_size(s, len(self.blocks(s)) - 1, last))]
         return [(When((name,), lambda depth, d=d: depth == d), size) for d, size in ends.items()]
 
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
         """Batch norms of one width; blocks that only the deepest option of a depth runs (any option: that not all run)."""
-        for s, blocks in enumerate(self.stages):
+        for s in range(len(self.stages)):
             if choice == self.space.depth_name(s):
-                options = self.space.root[choice].options
+                blocks, options = self.blocks(s), [int(d) for d in self.space.root[choice].options]
                 if option is None:
-                    return [p for block in list(blocks)[options[0] :] for p in block.parameters()]  # type: ignore[arg-type]
+                    return [p for block in blocks[options[0] :] for p in block.parameters()]
                 shared = max((d for d in options if d != option), default=0)
-                return [p for block in list(blocks)[shared : max(option, shared)] for p in block.parameters()]  # type: ignore[arg-type]
+                return [p for block in blocks[shared : max(option, shared)] for p in block.parameters()]
         return [p for leaf in self.modules() if isinstance(leaf, Leaf) for p in leaf.owned(choice, option)]
 
     def reset(self, generator: torch.Generator) -> None:

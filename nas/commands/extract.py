@@ -31,7 +31,8 @@ SOURCES = ("auto", "inherited", "scratch")
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas extract", exit_on_error=False, description="an architecture as a plain network")
     parser.add_argument("source", help="run folder, or recipe (untrained weights)")
-    parser.add_argument("--arch", default="derived", help="arch.json file, derived, largest, smallest, random:SEED or random:SEED@55%%")
+    parser.add_argument("--arch", default="derived",
+                        help="arch.json file, derived, largest, smallest, random:SEED or random:SEED@55%%")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the bundle; default RUN/bundle")
     parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
@@ -72,7 +73,9 @@ def run(argv: Sequence[str]) -> int:
 
 def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """This verb's own arguments, and dotted overrides of the recipe (--data.root /data)."""
-    own, overrides, words = [], [], list(argv)
+    own: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
     while words:
         word = words.pop(0)
         dotted = word.startswith("--") and "." in word.partition("=")[0]
@@ -120,7 +123,7 @@ def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[st
             raise UsageError(f"{folder} has no arch.json yet: finish it with nas search --resume auto --out {folder}.")
         name = str(folder / "arch.json")
     if not Path(name).is_file():
-        raise UsageError(f"--arch {name}: there is no such file. Allowed: an arch.json, derived, largest, smallest, random:SEED.")
+        raise UsageError(f"--arch {name}: there is no such file. Allowed: arch.json, derived, largest, smallest, random:SEED.")
     file = read_arch(name, expect=space)
     space.root.check(file.arch)
     return dict(file.arch), dict(file.metrics)

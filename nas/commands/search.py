@@ -1,6 +1,7 @@
 """nas search RECIPE: train the supernet by its strategy, derive, write arch.json into the run folder."""
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -34,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
                   f"{sum(p.numel() for p in built.net.parameters()):,}")
     if config.dry_run:
         return dry_run(built, config)
+    copy.copy(built.strategy).start(built.setup)  # refuses what does not fit before a folder is made
     plain = plain_config(parser, config)
     out = config.out or f"runs/{name}"
     run = Run(out, plain, device=built.device, ranks=built.ranks, resume=config.resume, period=config.log_every)
@@ -87,9 +89,9 @@ def conclude(built: Built, picks: Picks, plain: dict[str, Any], folder: Path) ->
     if best is not None:
         write_arch(folder / "arch-best.json", arch_file(built, best["arch"], {"top1": best["metric"]}, plain))
     costs, full = built.prices(chosen["arch"]), built.prices(built.space.root.largest())
-    _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, inherited weights, "
-              "recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"], f"{costs['params']:,}",
-              100 * costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
+    _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
+              "inherited weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
+              f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
               chosen["metric"]["n"])
     return path
 

@@ -70,6 +70,7 @@ class Plain:
                     z_teacher = teacher(x)
                 loss = distillation(z, z_teacher, y, self.lam, self.T, self.setup.loss)  # (14)
             self.w.down(loss, norm=True)
+        assert self.w.norm is not None
         return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:

@@ -77,17 +77,16 @@ class TAS:
     def start(self, setup: Setup) -> None:
         if setup.space is None or setup.costs is None:
             raise ValueError("TAS searches a space: give the run a supernet, its space and a cost table.")
-        self.setup, self.net = setup, setup.net
-        self.F_max = float(setup.costs.of(setup.space.root.largest()))
-        self.R = budget(self.target, setup.costs, setup.space)
+        self.setup, self.net, self.space, self.costs = setup, setup.net, setup.space, setup.costs
+        self.F_max = float(self.costs.of(self.space.root.largest()))
+        self.R = budget(self.target, self.costs, self.space)
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
                       weight_decay=self.weight_decay)
         schedule = cosine_per_epoch(setup.steps // setup.epoch_steps, setup.epoch_steps, self.warmup_epochs)
         # idle="zeros": widths that were not sampled keep their momentum and weight decay, as in the released code.
         self.w = Descent(self.net.parameters(), sgd, schedule, clip=self.clip, idle="zeros")
-        self.alpha = Alpha(setup.space, self.alpha_std).to(next(self.net.parameters()).device)
-        adam = partial(torch.optim.Adam, lr=self.alpha_lr, betas=tuple(self.alpha_betas),
-                       weight_decay=self.alpha_weight_decay)
+        self.alpha = Alpha(self.space, self.alpha_std).to(next(self.net.parameters()).device)
+        adam = partial(torch.optim.Adam, lr=self.alpha_lr, betas=self.alpha_betas, weight_decay=self.alpha_weight_decay)
         self.a = Descent(self.alpha.parameters(), adam)
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
@@ -98,6 +97,7 @@ class TAS:
         z = self.net(x, S1)
         train = self.setup.loss(z, y)
         self.w.down(train, norm=True)  # (1)
+        assert self.w.norm is not None
 
         x, y_valid, _ = draw("valid", odds=1.0)  # each step meets uniformly random images of the second half
         S2 = self.sample(tau, now)
@@ -114,7 +114,7 @@ class TAS:
 
     def sample(self, tau: float, now: Moment) -> dict[str, Setting]:
         """(3)-(5): ``candidates`` widths of every convolution, and q over all depths of every stage."""
-        names = self.setup.space.free
+        names = self.space.free
         whole = [name for name in names if fnmatch(name, self.all_of)]
         some = [name for name in names if name not in whole]
         return (self.alpha.gumbel(tau, now.noise, some, self.candidates) | self.alpha.gumbel(tau, now.noise, whole))
@@ -128,15 +128,14 @@ class TAS:
 
     def cost_loss(self) -> tuple[Tensor, Tensor, float]:
         """L_cost, E and F: +log E where F is too big, -log E where it is too small, else 0."""
-        costs, space = self.setup.costs, self.setup.space
-        E = costs.seen("searched").expected(self.alpha.soft(), space)  # (10)-(13)
+        E = self.costs.seen("searched").expected(self.alpha.soft(), self.space)  # (10)-(13)
         R, t = self.R, self.tolerance
         if self.rule == "paper":
-            F = float(costs.of(self.alpha.architecture()))
-            big, small = F > (1 + t) * R, F < (1 - t) * R
+            F = float(self.costs.of(self.alpha.architecture()))
+            big, small = (1 + t) * R < F, (1 - t) * R > F
         else:
-            F = float(costs.seen("estimated").of(self.alpha.architecture()))
-            big, small = F > R, F < R - t * self.F_max
+            F = float(self.costs.seen("estimated").of(self.alpha.architecture()))
+            big, small = F > R, R - t * self.F_max > F
         return (float(big) - float(small)) * E.log(), E, F
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
@@ -152,7 +151,7 @@ class TAS:
     def fits(self, arch: Mapping[str, Value]) -> bool:
         """Whether F(arch) lies within t R of the target (released rule: within t F_max)."""
         slack = self.tolerance * (self.R if self.rule == "paper" else self.F_max)
-        return abs(self.setup.costs.of(arch) - self.R) <= slack
+        return abs(self.costs.of(arch) - self.R) <= slack
 
     def network(self, arch: Mapping[str, Setting]) -> Any:
         return self.net

@@ -69,7 +69,8 @@ def test_the_file_is_canonical_flat_and_in_fixed_order(tmp_path: Path) -> None:
 
 
 def test_numbers_are_stored_as_the_options_are_written(tmp_path: Path) -> None:
-    file = dataclasses.replace(made(), arch={name: np.int64(value) for name, value in SPACE.largest().items()})
+    numpy_ints: dict[str, Any] = {name: np.int64(value) for name, value in SPACE.largest().items()}
+    file = dataclasses.replace(made(), arch=numpy_ints)
     write_arch(tmp_path / "arch.json", file)
     assert read_arch(tmp_path / "arch.json").arch == SPACE.largest()
     floats = {name: float(value) for name, value in SPACE.largest().items()}
@@ -247,7 +248,8 @@ def test_expected_space_checks_and_canonicalises(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [
     "os.system", "json.JSONDecoder", "nas.strategies.TAS", "resnet", "resnet.", ".CifarResNet", "..os.path",
     "resnet.SearchSpace", "resnet.Stage", "resnet.Residual", "resnet.width_options", "resnet.Nothing",
-    "nothing.CifarResNet", "__init__.X", "space.Choice", "arch.ArchFile", "resnet.CifarResNet.x", "resnet.CifarResNet\n",
+    "nothing.CifarResNet", "__init__.X", "space.Choice", "arch.ArchFile", "resnet.CifarResNet.x",
+    "resnet.CifarResNet\n",
 ])
 def test_only_spaces_of_this_package_are_looked_up(name: str) -> None:
     file = dataclasses.replace(made(), space=made().space | {"name": name})

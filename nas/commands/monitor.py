@@ -1,0 +1,36 @@
+"""nas monitor [RUNS]: TensorBoard on the run folders."""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from tensorboard import program
+
+from nas.recipe import UsageError, parse
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="nas monitor", exit_on_error=False, description="TensorBoard on the run folders")
+    parser.add_argument("runs", nargs="?", default="runs", help="a run folder, or the folder of many")
+    parser.add_argument("--port", type=int, default=6006, help="0: any free one")
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--debug", action="store_true")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    config = parse(_parser(), {}, argv)
+    folder = Path(config.runs)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder. nas search writes run folders under runs/.")
+    board = program.TensorBoard()
+    board.configure(argv=["tensorboard", f"--logdir={folder}", f"--port={config.port}", f"--host={config.host}"])
+    try:
+        url = board.launch()
+    except program.TensorBoardServerException as error:
+        raise UsageError(f"TensorBoard cannot start on {config.host}:{config.port}: {error}. Choose another --port.") from None
+    print(url, flush=True)
+    while True:  # until Ctrl-C
+        time.sleep(3600)
