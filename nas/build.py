@@ -65,8 +65,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def data_of(config: Namespace) -> Data:
-    return Data(**config.data.as_dict())
+def data_of(config: Namespace, group: ranks.Ranks | None = None) -> Data:
+    """The data of a recipe. Of several ranks the main one goes first: it may have to decode and cache them."""
+    if group is not None and not group.main:
+        ranks.wait()
+    data = Data(**config.data.as_dict())
+    if group is not None and group.main:
+        ranks.wait()
+    return data
 
 
 def loss_of(config: Namespace) -> CrossEntropy:
@@ -107,7 +113,7 @@ def assemble(config: Namespace) -> Built:
     group = ranks.start(device)
     if device.type == "cuda" and group.world > 1:
         device = torch.device("cuda", group.local_rank)
-    data = data_of(config)
+    data = data_of(config, group)
     space = restricted(build(config.space), config.restrict)
     net = build(config.supernet, space=space, channels=data.shape[0], classes=len(data.classes))
     net.reset(torch.Generator().manual_seed(seed_from(config.seed, "weights")))

@@ -37,7 +37,7 @@ def params(op: str, s: Shape) -> int:
 
 def activations(op: str, s: Shape) -> int:
     """Output numbers of convolutions and linear layers for one image: a sum over the network, not the peak."""
-    return 0 if op == "norm" else s.c_out * s.hw[0] * s.hw[1]
+    return 0 if op in ("norm", "more") else s.c_out * s.hw[0] * s.hw[1]
 
 
 PRICES: dict[str, Price] = {"macs": macs, "params": params, "activations": activations}
@@ -102,8 +102,9 @@ class CostTable:
         key = tuple((name, tie.leader, tuple(tie.values.items())) for name, tie in ties.items())
         if key not in self._prepared:
             self._prepared[key] = self._stack(self._tied(ties))
-        weights = {name: self._weights(name, soft[name]) for name in self._choices if name not in ties}
-        device = next((w.device for w in weights.values()), torch.device("cpu"))
+        mixtures = (setting for setting in soft.values() if isinstance(setting, Mixture))
+        device = next((mixture.weights.device for mixture in mixtures), torch.device("cpu"))
+        weights = {name: self._weights(name, soft[name]).to(device) for name in self._choices if name not in ties}
         total = torch.zeros((), dtype=torch.float64, device=device)
         for tables, axes in self._prepared[key]:
             letters = "abcdefgh"[: len(axes)]

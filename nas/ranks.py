@@ -65,6 +65,12 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
+def wait() -> None:
+    """Until every rank has come here."""
+    if active():
+        dist.barrier()
+
+
 def device() -> torch.device:
     """A device that the process group's backend can use."""
     if active() and dist.get_backend() == "nccl":

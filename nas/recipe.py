@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,18 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(parser: ArgumentParser, base: Mapping[str, Any], overrides: Sequence[str]) -> Namespace:
-    """``base`` (a recipe's content), then dotted ``overrides`` of the command line. UsageError in one line."""
+    """``base`` (a recipe's content), then dotted ``overrides`` of the command line. UsageError in one line.
+
+    ``--print_config`` among them prints the whole recipe and leaves.
+    """
+    words = [word for word in overrides if word != "--print_config"]
     with _one_line(parser):
-        known = set(base)
-        config = parser.parse_object(dict(base)) if known else None
-        return parser.parse_args(list(overrides), namespace=config)
+        config = parser.parse_object(dict(base)) if base else None
+        parsed = parser.parse_args(words, namespace=config)
+        if len(words) < len(overrides):
+            print(yaml.safe_dump(plain_config(parser, parsed), sort_keys=False), end="")
+            sys.exit(0)
+        return parsed
 
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

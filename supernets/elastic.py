@@ -56,6 +56,15 @@ def sliced(weight: Tensor, into: Layout, x: Tensor, arch: Arch) -> Tensor:
     return prefix(weight, 1, x.shape[1]) if len(into) == 1 else weight[:, positions(into, arch)]
 
 
+def inputs(op: str, into: Layout, source: Size | None) -> list[tuple[str, Size]]:
+    """The input sizes of one layer, one cost term each: ``op`` for the first segment, "more" for further segments of a
+    concatenation, which add products and weights but no outputs. ``source`` stands for a single segment."""
+    if source is not None:
+        return [(op, source)]
+    sizes = [Size(s.size.on, lambda *values, s=s: s.repeat * s.size.of(*values)) if s.repeat > 1 else s.size for s in into]
+    return [(op if i == 0 else "more", size) for i, size in enumerate(sizes)]
+
+
 def possible_sizes(size: Size, space: SearchSpace) -> tuple[int, ...]:
     """Every value that ``size`` takes over the root space's options, ascending."""
     options = [space.root[name].options for name in size.on]
@@ -207,13 +216,11 @@ class ElasticConv(Leaf):
             return [size.at(arch)], None, 0.0
         if any(mixture.idle == "gate" for mixture in mixtures):
             raise ValueError(f"{self.name}: idle='gate' needs separate candidates; widths share one convolution")
+        rows = [mixture.weights.unbind(0) for mixture in mixtures]
         sizes, weights = [], []
         for c, at in candidates(size, arch):
-            v = mixtures[0].weights[at[0]]
-            for mixture, j in zip(mixtures[1:], at[1:]):
-                v = v * mixture.weights[j]
             sizes.append(c)
-            weights.append(v)
+            weights.append(math.prod((row[j] for row, j in zip(rows[1:], at[1:])), start=rows[0][at[0]]))
         return sizes, weights, sum((idle_ones(mixture) for mixture in mixtures), start=0.0)
 
     def _affine(self, c: int) -> tuple[Tensor, Tensor]:
@@ -257,13 +264,13 @@ class ElasticConv(Leaf):
         return _named(conv=conv, norm=norm)
 
     def layers(self, hw: tuple[int, int], when: When | None = None, into: Size | None = None) -> list[Layer]:
-        source = self.into[0].size if into is None else into
         size, kernel = self.out[0].size, (self.weight.shape[2], self.weight.shape[3])
         records = [
             term(
-                f"{self.name}.conv", "conv", (source, size), when,
+                f"{self.name}.conv", op, (source, size), when,
                 lambda i, c: Shape(i, c, kernel, self.stride, hw=hw),
             )
+            for op, source in inputs("conv", self.into, into)
         ]
         if self.derived_norm:
             records.append(term(f"{self.name}.norm", "norm", (size,), when, lambda c: Shape(c, c, hw=hw)))
@@ -338,8 +345,10 @@ class ElasticLinear(Leaf):
 
     def layers(self, hw: tuple[int, int], when: When | None = None, into: Size | None = None) -> list[Layer]:
         classes = self.weight.shape[0]
-        source = self.into[0].size if into is None else into
-        return [term(self.name, "linear", (source,), when, lambda i: Shape(i, classes, hw=hw, bias=True))]
+        return [
+            term(self.name, op, (source,), when, lambda i, op=op: Shape(i, classes, hw=hw, bias=op == "linear"))
+            for op, source in inputs("linear", self.into, into)
+        ]
 
 
 class ResidualSum(Leaf):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from search_spaces.space import Value
+from search_spaces.space import Mixture, Value
 from supernets.elastic import Leaf
 
 
@@ -25,7 +25,9 @@ class _Plains(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, arch: Mapping[str, Value], inherit: bool) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # a refusal stays one line
         self.arch, self.inherit = arch, inherit
+        self.like = next(graph.parameters())  # fresh layers take the net's dtype and device
         self.made: dict[str, nn.Module] = {}
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
@@ -33,7 +35,7 @@ class _Plains(fx.Interpreter):
         if not isinstance(module, Leaf):
             return super().call_module(target, args, kwargs)
         inputs = [value for value in args if isinstance(value, Tensor)]
-        plain = module.plain(self.arch, *(value.shape[1] for value in inputs), inherit=self.inherit).to(inputs[0].device)
+        plain = module.plain(self.arch, *(value.shape[1] for value in inputs), inherit=self.inherit).to(self.like)
         self.made[target] = plain
         return plain.eval()(*inputs)
 
@@ -53,8 +55,16 @@ def extract(
     """The plain network of ``arch``: copies of the supernet's slices, or fresh weights drawn from ``seed``.
 
     ``x``: one example (B, C, H, W); it runs once, to learn input widths. ``arch`` must be hard. Module paths, and so
-    state-dict keys, are the supernet's own. Raises ValueError where weights cannot be inherited (``Leaf.plain``).
+    state-dict keys, are the supernet's own. Raises ValueError for mixtures, where weights cannot be inherited
+    (``Leaf.plain``), and, since there are no weights to inherit, for options that the root space does not have.
     """
+    for name, setting in arch.items():
+        if isinstance(setting, Mixture):
+            raise ValueError(f"{name} is a mixture, and a plain network has one option of each choice: give a hard arch.")
+    if inherit:
+        net.space.root.check(arch)  # type: ignore[union-attr, operator]
+    else:
+        net.space.root.counting(arch)  # type: ignore[union-attr, operator]  # values off the lists, but complete
     alone = bound(net, arch)
     tracer = _LeafTracer()
     traced = fx.GraphModule(alone, tracer.trace(alone))

@@ -21,7 +21,8 @@ class Shape(NamedTuple):
 class Layer(NamedTuple):
     """One additive TERM of the cost.
 
-    ``op``: "conv", "linear" or "norm" (0 MACs, 2c parameters), constant per record.
+    ``op``: "conv", "linear", "norm" (0 MACs, 2c parameters) or "more" (a further input segment of the convolution or
+    linear layer before it: products and weights, no outputs), constant per record.
     ``on``: the choices the term depends on, at most four. ``shape``: their values, in that order -> Shape,
     or None where the layer is absent.
     """

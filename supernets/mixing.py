@@ -64,7 +64,7 @@ def fold(
     for c, v, gamma, beta in zip(sizes, weights, scales, shifts):
         A, v = _averaging(c, C, mixing, gamma.dtype, gamma.device), v.to(gamma.dtype)
         M.append(F.pad(A * (v * gamma), (0, C - c)) if c < C else A * (v * gamma))
-        b.append(A @ (v * beta))
+        b.append(A @ (v * beta) if c < C else v * beta)
     return reduce(torch.add, M), reduce(torch.add, b)
 
 
@@ -112,11 +112,14 @@ def blend(candidates: Sequence[Callable[[Tensor], Tensor]], x: Tensor, mixture: 
     The only place that reads ``active`` and ``idle`` for candidate operations; ``fold`` has the same duty for widths.
     ``candidates[j]`` belongs to ``mixture.options[j]`` and is called only if it counts.
     """
-    w = mixture.weights
     if mixture.idle == "gate":
         out = torch.stack([candidates[j](x) for j in active(mixture)]).sum(0)
-        return _Gate.apply(out, w, x.detach(), lambda j, x: candidates[j](x))
-    terms = [w[j].to(x.dtype) * candidates[j](x) for j in active(mixture)]
-    if not terms:
+        return _Gate.apply(out, mixture.weights, x.detach(), lambda j, x: candidates[j](x))
+    if not active(mixture):
         raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
-    return plus_idle(reduce(torch.add, terms), idle_ones(mixture))
+    w = mixture.weights.to(x.dtype).unbind(0)
+    first, *others = active(mixture)
+    out = w[first] * candidates[first](x)
+    for j in others:
+        out = torch.addcmul(out, w[j], candidates[j](x))  # one pass over the features, not two
+    return plus_idle(out, idle_ones(mixture))

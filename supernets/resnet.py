@@ -5,8 +5,8 @@ a stride-2 shortcut is a 2x2 average pool and a 1x1 convolution (batch norm on I
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,8 @@ class ResNet(nn.Module):
     def _stage(self, blocks: list[Block], depth: Setting, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
         """The first ``depth`` blocks; of a mixture, the taps after each active depth at the widest width (TAS (9))."""
         if not isinstance(depth, Mixture):
+            if not 1 <= int(depth) <= len(blocks):
+                raise ValueError(f"a stage cannot keep {depth} blocks. Allowed: 1 to {len(blocks)}.")
             for block in blocks[: int(depth)]:
                 x = block(x, arch)
             return x

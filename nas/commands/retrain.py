@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         torch.set_num_threads(config.threads)
     device = device_of(config.device)
     group = ranks.start(device)
-    data = data_of(config)
+    data = data_of(config, group)
     same_task(bundle, data)
     if group.main:
         _log.info("%s", data.describe())

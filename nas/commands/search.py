@@ -91,8 +91,8 @@ def conclude(built: Built, picks: Picks, plain: dict[str, Any], folder: Path) ->
     costs, full = built.prices(chosen["arch"]), built.prices(built.space.root.largest())
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
               "inherited weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
-              f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
-              chosen["metric"]["n"])
+              f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"],
+              chosen["metric"]["value"], chosen["metric"]["n"])
     return path
 
 
