@@ -120,12 +120,19 @@ def assemble(config: Namespace) -> Built:
     if config.init:
         adopt(net, space.root.largest(), load_weights(config.init), torch.zeros(2, *data.shape))
     net = in_precision(net.to(device), config.precision, config.channels_last)
+    return gather(data, net, build(config.strategy), loss_of(config), epochs=config.epochs, seed=config.seed, device=device,
+                  group=group)  # fmt: skip
+
+
+def gather(
+    data: Data, net: Any, strategy: Strategy, loss: CrossEntropy, *, epochs: int, seed: int, device: torch.device,
+    group: ranks.Ranks,
+) -> Built:  # fmt: skip
+    """The parts of a search, with the cost table and the setup that follow from them. ValueError where data do not fit."""
     costs = CostTable(net, data.shape[1:])
-    feed = data.feed(config.seed, device, group.rank, group.world)
-    loss = loss_of(config)
-    epoch_steps = feed.epoch_steps()
-    setup = Setup(net, space, costs, loss, None, config.epochs * epoch_steps, epoch_steps, data.count("train"))
-    return Built(device, group, data, space, net, costs, build(config.strategy), loss, setup)
+    epoch_steps = data.feed(seed, device, group.rank, group.world).epoch_steps()
+    setup = Setup(net, net.space, costs, loss, None, epochs * epoch_steps, epoch_steps, data.count("train"))
+    return Built(device, group, data, net.space, net, costs, strategy, loss, setup)
 
 
 def load_weights(path: str) -> dict[str, torch.Tensor]:

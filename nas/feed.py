@@ -347,8 +347,11 @@ class LoaderFeed:
         self._open: dict[str, tuple[Pairs, int, int]] = {}  # batches, next step, times the loader was opened
 
     def __call__(self, split: str, size: int | None = None, odds: Tensor | float | None = None) -> Batch:
-        """The next batch of ``split``; see ``nas.protocols.Draw``. Raises ValueError for odds and missing loaders."""
-        if odds is not None:
+        """The next batch of ``split``; see ``nas.protocols.Draw``. Uniform odds (a number) are the loader's own order.
+
+        Raises ValueError for other odds and missing loaders.
+        """
+        if isinstance(odds, Tensor):
             raise ValueError("odds do not apply to your own loaders. Use from_dataset, or a WeightedRandomSampler.")
         if split not in DRAWN:
             raise ValueError(f"No draws from {split!r}. Allowed: {', '.join(DRAWN)}; test is read by reports.")

@@ -40,6 +40,10 @@ def start(device: torch.device | str) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     if not active():
+        # This module keeps the group of its import time in default arguments, and torch's first optimizer imports it.
+        # Imported after the group began, it outlives stop(): gloo's threads go on, and can abort a process that exits.
+        from torch.distributed.nn import functional  # noqa: F401
+
         dist.init_process_group("nccl" if on_gpu else "gloo")
     return Ranks(rank, world, local_rank, rank == 0)
 

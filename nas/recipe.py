@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from nas.data import Data
+from nas.explain import explain, keys_of
 from nas.losses import CrossEntropy
 from nas.protocols import Strategy
 from nas.strategies.plain import Plain
@@ -27,6 +27,8 @@ from search_spaces.space import SearchSpace
 SHIPPED = Path(__file__).parent / "recipes"
 RUN_KEYS = ("out", "resume", "dry_run", "max_time", "init", "json", "debug", "device", "teacher", "config")
 """How a run is executed, not what it computes: left out of what a resumed run must share with the run it continues."""
+COUNTS = ("epochs", "evaluate.every", "evaluate.images", "evaluate.bn_images", "evaluate_every", "log_every", "threads",
+          "bn_images")  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -39,13 +41,13 @@ def add_run_options(parser: ArgumentParser, resume: bool = True) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch")
     parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (autocast)")
-    parser.add_argument("--channels-last", type=bool, default=False, help="memory layout of images and weights")
+    parser.add_argument("--channels_last", "--channels-last", type=bool, default=False, help="memory layout")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; default runs/<recipe>, then -2, -3")
     if resume:
         parser.add_argument("--resume", default="never", help="auto: continue the newest run of this name; never")
-        parser.add_argument("--max-time", type=float | None, default=None, help="seconds; saves and stops there")
-        parser.add_argument("--dry-run", action="store_true", help="time and memory from three measured steps, no run")
-        parser.add_argument("--log-every", type=int, default=10, help="steps a line of metrics.jsonl averages over")
+        parser.add_argument("--max_time", "--max-time", type=float | None, default=None, help="seconds; saves and stops there")
+        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="time and memory of three steps, no run")
+        parser.add_argument("--log_every", "--log-every", type=int, default=10, help="steps a line of metrics.jsonl averages")
     parser.add_argument("--json", action="store_true", help="the result as JSON on the last line of stdout")
     parser.add_argument("--debug", action="store_true", help="tracebacks")
 
@@ -78,7 +80,7 @@ def retrain_parser() -> ArgumentParser:
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(CrossEntropy, "loss")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--evaluate-every", type=int, default=1, help="epochs between readings on the select split")
+    parser.add_argument("--evaluate_every", "--evaluate-every", type=int, default=1, help="epochs between readings")
     add_run_options(parser)
     return parser
 
@@ -121,19 +123,62 @@ def parse(parser: ArgumentParser, base: Mapping[str, Any], overrides: Sequence[s
     ``--print_config`` among them prints the whole recipe and leaves.
     """
     words = [word for word in overrides if word != "--print_config"]
+    _check_form(parser, base)
     with _one_line(parser):
         config = parser.parse_object(dict(base)) if base else None
         parsed = parser.parse_args(words, namespace=config)
-        if len(words) < len(overrides):
-            print(yaml.safe_dump(plain_config(parser, parsed), sort_keys=False), end="")
-            sys.exit(0)
-        return parsed
+    _check_values(parser, parsed)
+    if len(words) < len(overrides):
+        print(yaml.safe_dump(plain_config(parser, parsed), sort_keys=False), end="")
+        sys.exit(0)
+    return parsed
+
+
+def option(args: list[str], name: str) -> str | None:
+    """Takes ``--name VALUE`` or ``--name=VALUE`` out of ``args``; None where it is not there."""
+    for i, word in enumerate(args):
+        if word.startswith(f"{name}="):
+            return args.pop(i).partition("=")[2]
+        if word == name:
+            if i + 1 == len(args):
+                raise UsageError(f"{name} needs a value.")
+            value = args[i + 1]
+            del args[i : i + 2]
+            return value
+    return None
 
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """What a run computes, as plain data: everything but ``RUN_KEYS``."""
     content = yaml.safe_load(parser.dump(config, skip_validation=True))
     return {key: value for key, value in content.items() if key not in RUN_KEYS}
+
+
+def _check_form(parser: ArgumentParser, base: Mapping[str, Any]) -> None:
+    """UsageError where a recipe's section is no section: jsonargparse would take a number for it."""
+    sections: dict[str, list[str]] = {}
+    for key in keys_of(parser):
+        top, dot, rest = key.partition(".")
+        if dot:
+            sections.setdefault(top, []).append(rest)
+    for key, value in base.items():
+        if key in sections and not isinstance(value, Mapping):
+            raise UsageError(f"{key} = {value} is not a section. Give keys and values: {', '.join(sections[key])}.")
+        if isinstance(value, Mapping) and not isinstance(value.get("init_args", {}), Mapping):
+            raise UsageError(f"{key}.init_args = {value['init_args']} is not a section. Give keys and values, or delete it.")
+
+
+def _check_values(parser: ArgumentParser, config: Namespace) -> None:
+    """UsageError for null where a value is needed, and for counts and times that are not positive."""
+    for action in parser._actions:
+        if action.default not in (None, SUPPRESS) and config.get(action.dest) is None and action.dest in config:
+            raise UsageError(f"{action.dest} is empty. Give a value, or leave it out: {action.default} is the default.")
+    for key in COUNTS:
+        value = config.get(key)
+        if value is not None and value < 1:
+            raise UsageError(f"{key} = {value} is too few. Allowed: 1 or more.")
+    if config.get("max_time") is not None and not config.max_time > 0:
+        raise UsageError(f"max_time = {config.max_time} seconds. Allowed: above 0, or none.")
 
 
 def build(spec: Namespace, **more: Any) -> Any:
@@ -158,40 +203,3 @@ def _one_line(parser: ArgumentParser) -> Iterator[None]:
         if stop.code:
             raise UsageError(f"{parser.prog}: bad usage; see {parser.prog} --help") from None
         raise
-
-
-def explain(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message as one line, with the nearest known key where one is not known."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    where = [m.group(1) for line in lines if (m := re.match(r'Parser key "([^"]+)"', line))]
-    unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: (?:--)?([^\s=]+)", message)
-    path = re.search(r"Problem with given class_path '([^']+)'", message)
-    if unknown:
-        name = unknown.group(1) or unknown.group(2)
-        keys = _class_keys(path.group(1)) if path else _keys(parser)
-        name = name.replace("-", "_")
-        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
-        inside = f" of {path.group(1)}" if path else ""
-        return f"{name} is not a known key{inside}." + (f" Nearest: {near[0]}." if near else "")
-    reason = " ".join(line for line in lines if not line.startswith(("Parser key", "Problem with given")))
-    if path and "has no attribute" in message:
-        module = path.group(1).rpartition(".")[0]
-        with contextlib.suppress(ImportError):
-            names = [n for n, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
-            near = difflib.get_close_matches(path.group(1).rpartition(".")[2], names, n=1, cutoff=0.0)
-            reason += f". Nearest: {module}.{near[0]}" if near else ""
-    return (f"{'.'.join(where)}: " if where else "") + reason
-
-
-def _keys(parser: ArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
-
-
-def _class_keys(path: str) -> list[str]:
-    import inspect
-
-    module, _, name = path.rpartition(".")
-    try:
-        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    except (ImportError, AttributeError, ValueError):
-        return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import yaml
 from nas import checkpoint
 from nas.checkpoint import Stateful
 from nas.engine import Act, Outcome, Progress, seed_from, signals, train
-from nas.log import NonFiniteLoss, RunLog, RunLogs, Silent
+from nas.log import METRICS, NonFiniteLoss, RunLog, RunLogs, Silent
 from nas.protocols import Batch, Draw, Moment, Setup, Strategy
 from nas.ranks import Ranks, broadcast_, share
 
@@ -65,6 +66,7 @@ class Run:
         self.config = json.loads(json.dumps(config))  # plain data only, as it will be read back
         self.device, self.ranks = torch.device(device), ranks
         self.folder = Path(share(str(_choose(Path(out), resume) if ranks.main else "")))
+        self.made = not self.folder.exists()
         self.checkpoints = self.folder / "checkpoints"
         self.loaded: dict[str, Any] | None = None
         if _has_checkpoint(self.folder):
@@ -157,8 +159,15 @@ class Run:
         self.saved = step
 
     def close(self) -> None:
-        """Close the log's files."""
+        """Close the log's files. A folder that this run made, and that fitting left without anything to keep, is removed."""
         self.log.close()
+        if self.ranks.main and self.made and self.fitted is not None and self.saved is None and self._empty():
+            shutil.rmtree(self.folder)
+
+    def _empty(self) -> bool:
+        """Whether there is neither a checkpoint (a failed one counts) nor a line of metrics."""
+        kept = [path for path in self.checkpoints.iterdir() if not path.name.startswith("teacher-")]
+        return not kept and not (self.folder / METRICS).read_bytes()
 
     def _save_act(self, now: Moment, strategy: Strategy) -> None:
         self.save(now.step + 1)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +16,10 @@ from torch import Tensor, nn
 
 from search_spaces.sizes import Layout, Segment, Size, candidates, positions
 from search_spaces.space import Mixture, SearchSpace, Setting
-from supernets.layers import Layer, Shape
+from supernets.layers import Layer, Shape, When, inputs, term
 from supernets.mixing import MIXINGS, averaging, fold, idle_ones, plus_idle
 
 Arch = Mapping[str, Setting]
-
-
-class When(NamedTuple):
-    """The condition under which a layer is there: ``holds(values of on)``."""
-
-    on: tuple[str, ...]
-    holds: Callable[..., bool]
-
-
-def term(name: str, op: str, sizes: Sequence[Size], when: When | None, shape: Callable[..., Shape | None]) -> Layer:
-    """A Layer whose ``shape`` is told the values of ``sizes`` and is asked only where ``when`` holds.
-
-    Choices that several sizes (or the condition) share are named once.
-    """
-    asked = [*(when.on if when else ()), *itertools.chain.from_iterable(size.on for size in sizes)]
-    on = tuple(dict.fromkeys(asked))
-
-    def evaluate(*values: Any) -> Shape | None:
-        of = dict(zip(on, values))
-        if when is not None and not when.holds(*(of[name] for name in when.on)):
-            return None
-        return shape(*(size.of(*(of[name] for name in size.on)) for size in sizes))
-
-    return Layer(name, op, on, evaluate)
 
 
 def prefix(weight: Tensor, dim: int, size: int) -> Tensor:
@@ -54,15 +30,6 @@ def prefix(weight: Tensor, dim: int, size: int) -> Tensor:
 def sliced(weight: Tensor, into: Layout, x: Tensor, arch: Arch) -> Tensor:
     """The columns (dimension 1) of ``weight`` that the channels of ``x`` meet."""
     return prefix(weight, 1, x.shape[1]) if len(into) == 1 else weight[:, positions(into, arch)]
-
-
-def inputs(op: str, into: Layout, source: Size | None) -> list[tuple[str, Size]]:
-    """The input sizes of one layer, one cost term each: ``op`` for the first segment, "more" for further segments of a
-    concatenation, which add products and weights but no outputs. ``source`` stands for a single segment."""
-    if source is not None:
-        return [(op, source)]
-    sizes = [Size(s.size.on, lambda *values, s=s: s.repeat * s.size.of(*values)) if s.repeat > 1 else s.size for s in into]
-    return [(op if i == 0 else "more", size) for i, size in enumerate(sizes)]
 
 
 def possible_sizes(size: Size, space: SearchSpace) -> tuple[int, ...]:

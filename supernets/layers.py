@@ -1,8 +1,11 @@
 """The records that a supernet lists once, and that every cost is a reading of (DESIGN.md law 5)."""
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from search_spaces.sizes import Layout, Size
 
 
 class Shape(NamedTuple):
@@ -31,3 +34,36 @@ class Layer(NamedTuple):
     op: str
     on: tuple[str, ...]
     shape: Callable[..., Shape | None]
+
+
+class When(NamedTuple):
+    """The condition under which a layer is there: ``holds(values of on)``."""
+
+    on: tuple[str, ...]
+    holds: Callable[..., bool]
+
+
+def term(name: str, op: str, sizes: Sequence[Size], when: When | None, shape: Callable[..., Shape | None]) -> Layer:
+    """A Layer whose ``shape`` is told the values of ``sizes`` and is asked only where ``when`` holds.
+
+    Choices that several sizes (or the condition) share are named once.
+    """
+    asked = [*(when.on if when else ()), *itertools.chain.from_iterable(size.on for size in sizes)]
+    on = tuple(dict.fromkeys(asked))
+
+    def evaluate(*values: Any) -> Shape | None:
+        of = dict(zip(on, values))
+        if when is not None and not when.holds(*(of[name] for name in when.on)):
+            return None
+        return shape(*(size.of(*(of[name] for name in size.on)) for size in sizes))
+
+    return Layer(name, op, on, evaluate)
+
+
+def inputs(op: str, into: Layout, source: Size | None) -> list[tuple[str, Size]]:
+    """The input sizes of one layer, one cost term each: ``op`` for the first segment, "more" for further segments of a
+    concatenation, which add products and weights but no outputs. ``source`` stands for a single segment."""
+    if source is not None:
+        return [(op, source)]
+    sizes = [Size(s.size.on, lambda *values, s=s: s.repeat * s.size.of(*values)) if s.repeat > 1 else s.size for s in into]
+    return [(op if i == 0 else "more", size) for i, size in enumerate(sizes)]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.sizes import Segment, Size
 from search_spaces.space import Mixture, Setting
-from supernets.elastic import ElasticConv, ElasticLinear, Leaf, ResidualSum, When
-from supernets.layers import Layer
+from supernets.elastic import ElasticConv, ElasticLinear, Leaf, ResidualSum
+from supernets.layers import Layer, When
 from supernets.mixing import active, blend, interpolate_channels
 
 VIEWS = ("derived", "searched", "estimated")

@@ -113,8 +113,7 @@ class _Calls(TorchDispatchMode):
 
 
 def aten_calls(step: Step) -> int:
-    """Operator calls of one step, after a first one: what a GPU launches, whatever the load on this machine."""
-    step()
+    """Operator calls of one step (best not its first): what a GPU launches, whatever the load on this machine."""
     with _Calls() as calls:
         step()
     return calls.count
@@ -145,8 +144,7 @@ def elastic(conditions: Conditions, layout: str) -> list[Row]:
         sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=conditions.fused)
         ours = training(net, sgd, conditions, layout, arch)
         static = training(plain, sgd, conditions, layout)
-        calls = (aten_calls(ours), aten_calls(static))
-        rows.append(row("elastic", case, layout, ratio(ours, static, conditions.pairs), calls))
+        rows.append(row("elastic", case, layout, ratio(ours, static, conditions.pairs), (aten_calls(ours), aten_calls(static))))
     return rows
 
 
@@ -173,8 +171,7 @@ def tas(conditions: Conditions, layout: str) -> list[Row]:
         def static(step: Step = static_step) -> None:
             step(), step()
 
-        calls = (aten_calls(ours), aten_calls(static))
-        rows.append(row("tas", kind, layout, ratio(ours, static, conditions.pairs), calls))
+        rows.append(row("tas", kind, layout, ratio(ours, static, conditions.pairs), (aten_calls(ours), aten_calls(static))))
     return rows
 
 

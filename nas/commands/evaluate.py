@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from nas.build import data_of, device_of, rebuild
 from nas.bundle import load_bundle
-from nas.commands.retrain import same_task
+from nas.commands.retrain import recipe_in, same_task
 from nas.data import Data
 from nas.evaluate import score_plain
 from nas.recipe import UsageError, parse
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
             parse(parser, {}, args)
         raise UsageError("which bundle? nas evaluate BUNDLE, with a folder that nas extract or nas retrain wrote.")
     bundle = load_bundle(Path(args.pop(0)), rebuild)
-    config = parse(parser, {"data": bundle.report.get("recipe", {}).get("data", {})}, args)
+    config = parse(parser, {"data": recipe_in(bundle).get("data", {})}, args)
     data, device = data_of(config), device_of(config.device)
     same_task(bundle, data)
     scores = score_plain(bundle.module.to(device), data, config.split, device)
@@ -43,5 +43,5 @@ def run(argv: Sequence[str]) -> int:
         return 0
     for name, (right, n) in per_class.items():
         print(f"{name:20} {right / n if n else float('nan'):7.4f}  {right} of {n}")
-    print(f"top-1 {scores.top1:.4f}, cross-entropy {scores.loss:.4f} on {scores.n:,} images of the {data.reads(config.split)} split")
+    print(f"top-1 {scores.top1:.4f}, cross-entropy {scores.loss:.4f} on {scores.n:,} {data.reads(config.split)} images")
     return 0

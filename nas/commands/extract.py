@@ -5,24 +5,22 @@ import json
 import logging
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from nas import checkpoint
-from nas.build import Built, arch_file, assemble
-from nas.bundle import prove, write_bundle
+from nas.build import Built, assemble
 from nas.cost import budget
 from nas.engine import seed_from
-from nas.evaluate import score_plain, statistics_of
-from nas.recalibrate import install
 from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
+from nas.search import bundle
 from search_spaces.arch import read_arch
 from search_spaces.space import Arch
-from supernets.extract import extract
 
 _log = logging.getLogger("nas")
 SOURCES = ("auto", "inherited", "scratch")
@@ -56,13 +54,15 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
     arch, metrics = arch_of(config.arch, folder, built)
     inherit = config.weights != "scratch"
+    make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None, bn_images=config.bn_images,
+                   onnx=config.onnx, pt2=config.pt2)  # fmt: skip
     try:
-        path, report = write(built, arch, metrics, plain, out, inherit, config, trained=folder is not None)
+        path, report = make(inherit=inherit)
     except ValueError as error:
         if config.weights != "auto" or "cannot be inherited" not in str(error):
             raise
         _log.info("fresh weights: %s", error)
-        path, report = write(built, arch, metrics, plain, out, False, config, trained=folder is not None)
+        path, report = make(inherit=False)
     if report["logits_max_difference"] is not None:
         _log.info("largest difference to the supernet's logits: %.3g", report["logits_max_difference"])
     _log.info("%s MACs, %s parameters, counted and predicted alike; weights: %s", f"{report['macs']['counted']:,}",
@@ -88,13 +88,11 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def load_source(source: str, overrides: Sequence[str]) -> tuple[Path | None, Built, dict[str, Any]]:
     """A run folder with its trained weights, or a recipe with fresh ones: (folder, objects, config)."""
     parser = search_parser()
-    folder = Path(source)
-    if (folder / "config.yaml").is_file():
-        parsed = parse(parser, read(folder / "config.yaml"), overrides)
-    elif folder.is_dir():
-        raise UsageError(f"{source} is not a run folder: it lacks config.yaml. Give what nas search wrote, or a recipe.")
-    else:
-        folder, parsed = None, parse(parser, read(find(source)), overrides)  # type: ignore[assignment]
+    place = Path(source)
+    folder = place if place.is_dir() else None
+    if folder is None and len(place.parts) > 1 and place.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{source}: there is no such folder. Give a run folder that nas search wrote, or a recipe.")
+    parsed = parse(parser, read(find(source)) if folder is None else recipe_of_run(folder), overrides)
     parsed.init = parsed.init if folder is None else None
     built = assemble(parsed)
     torch.manual_seed(seed_from(parsed.seed, "start"))
@@ -104,6 +102,18 @@ def load_source(source: str, overrides: Sequence[str]) -> tuple[Path | None, Bui
         checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
         _log.info("weights of %s, step %d", path, payload["step"])
     return folder, built, plain_config(parser, parsed)
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any]:
+    """The recipe that a run of ``nas search`` followed. UsageError for other folders."""
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"{folder} is not a run folder: it lacks config.yaml. Give what nas search wrote, or a recipe.")
+    recipe = read(folder / "config.yaml")
+    if "python" in recipe:
+        raise UsageError(f"{folder} was searched from Python, on data that only your script has: call found.bundle(out) there.")
+    if "space" not in recipe:
+        raise UsageError(f"{folder} is not a search: config.yaml names no space. A retrained network is in {folder}/bundle.")
+    return recipe
 
 
 def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[str, Any]]:
@@ -139,31 +149,3 @@ def random_near(built: Built, seed: int, amount: str, tolerance: float = 0.05, t
         if len(hits):
             return built.space.decode(codes[hits[:1]])[0]
     raise UsageError(f"--arch random:{seed}@{amount}: none of {tries:,} random architectures is within {tolerance:.0%} of it.")
-
-
-def write(
-    built: Built, arch: Arch, metrics: dict[str, Any], plain: dict[str, Any], out: Path, inherit: bool, config: Namespace,
-    trained: bool,
-) -> tuple[Path, dict[str, Any]]:  # fmt: skip
-    """Recalibrate, extract, prove (law 6), write."""
-    net = built.strategy.network(arch) if trained else built.net
-    x = next(iter(built.data.batches("train", built.device, batch_size=8))).x
-    reference = None
-    if inherit:
-        extract(net, arch, x)  # refuses early what cannot be inherited
-        install(net, statistics_of(net, [arch], built.data, built.device, config.bn_images)[0])
-    net.eval()
-    with torch.no_grad():
-        graph = extract(net, arch, x, inherit=inherit, seed=seed_from(plain["seed"], "fresh"))
-        if inherit:
-            reference = type(net).forward(net, x, arch)  # in float32, whatever precision the run trains in
-    predicted = {name: int(cost) for name, cost in built.prices(arch).items() if name in ("macs", "params")}
-    report = prove(graph, x, predicted, reference)
-    if trained and inherit and built.data.holds("select"):
-        scores = score_plain(graph, built.data, "select", built.device)
-        metrics = {"top1": {"value": scores.top1, "split": built.data.reads("select"), "n": scores.n,
-                            "weights": "inherited", "bn": "recalibrated"}}  # fmt: skip
-    report["recipe"] = {key: plain[key] for key in ("data", "loss", "retrain", "seed", "precision", "channels_last")}
-    file = arch_file(built, arch, metrics if inherit else {}, plain)
-    write_bundle(out, graph.cpu(), file, report, x.cpu(), onnx=config.onnx, pt2=config.pt2)
-    return out, report

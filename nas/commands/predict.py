@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -16,6 +16,7 @@ from nas.augment import normalise
 from nas.build import device_of, rebuild
 from nas.bundle import load_bundle
 from nas.recipe import UsageError, parse
+from nas.sources import DEEP, UNREADABLE
 
 
 def _parser() -> ArgumentParser:
@@ -56,11 +57,14 @@ def prepare(path: Path, shape: tuple[int, ...], preprocess: Mapping[str, Any]) -
     """
     try:
         with Image.open(path) as opened:
+            mode = opened.mode
             image = F.pil_to_tensor(opened.convert(preprocess["channels"]))
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file. Give image files.") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path} cannot be read as an image: {error}") from None
+    if mode in DEEP:
+        raise UsageError(f"{path} has more than 8 bits a channel ({mode}). Save it as 8-bit.")
     height, width = shape[1:]
     if "resize" in preprocess:
         image = F.center_crop(F.resize(image, [preprocess["resize"]], antialias=True), [height, width])

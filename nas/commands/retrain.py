@@ -20,8 +20,9 @@ from nas.evaluate import score_plain
 from nas.log import RunLogs
 from nas.precision import in_precision
 from nas.protocols import Moment, Setup, Strategy
-from nas.recipe import UsageError, find, parse, plain_config, read, retrain_parser
+from nas.recipe import UsageError, find, option, parse, plain_config, read, retrain_parser
 from nas.run import Run
+from nas.search import stopped
 from nas.strategies.plain import Plain
 
 _log = logging.getLogger("nas")
@@ -34,14 +35,8 @@ def run(argv: Sequence[str]) -> int:
             parse(parser, {}, args)
         raise UsageError("which bundle? nas retrain BUNDLE, with a folder that nas extract wrote.")
     bundle = load_bundle(Path(args.pop(0)), rebuild)
-    recipe = None
-    if "--recipe" in args:
-        i = args.index("--recipe")
-        if i + 1 == len(args):
-            raise UsageError("--recipe: which? Give a shipped name or a .yaml file.")
-        recipe = read(find(args[i + 1]))
-        del args[i : i + 2]
-    config = parse(parser, base_of(bundle.report.get("recipe", {}) if recipe is None else recipe), args)
+    named = option(args, "--recipe")
+    config = parse(parser, base_of(recipe_in(bundle) if named is None else read(find(named))), args)
     if config.weights not in ("scratch", "inherited"):
         raise UsageError(f"--from {config.weights} is not known. Allowed: scratch, inherited.")
     if config.threads:
@@ -74,24 +69,37 @@ def run(argv: Sequence[str]) -> int:
 
 def base_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Retraining's settings from a search recipe: its ``retrain`` section over its data, loss and precision."""
+    for name in ("retrain", "data", "loss"):
+        if not isinstance(recipe.get(name) or {}, Mapping):
+            raise UsageError(f"{name} = {recipe[name]} is not a section. Give keys and values.")
     own = dict(recipe.get("retrain") or {})
     unknown = sorted(set(own) - {"epochs", "plain", "data", "loss"})
     if unknown:
         raise UsageError(f"retrain.{unknown[0]} is not a known key. Allowed: epochs, plain, data, loss.")
-    base: dict[str, Any] = {"data": {**recipe.get("data", {}), **own.get("data", {})}}
-    base["loss"] = {**recipe.get("loss", {}), **own.get("loss", {})}
+    base: dict[str, Any] = {name: {**(recipe.get(name) or {}), **(own.get(name) or {})} for name in ("data", "loss")}
     base.update({key: own[key] for key in ("epochs", "plain") if key in own})
     base.update({key: recipe[key] for key in ("precision", "channels_last", "threads", "seed") if key in recipe})
     return base
 
 
+def recipe_in(bundle: Bundle) -> dict[str, Any]:
+    """What report.json says of the recipe; UsageError where it is no recipe."""
+    recipe = bundle.report.get("recipe", {})
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("data", {}), dict):
+        raise UsageError(f"{bundle.path / 'report.json'}: recipe holds no keys and values. Extract the bundle again.")
+    return recipe
+
+
 def same_task(bundle: Bundle, data: Data) -> None:
     """ValueError where the data are not what the network was made for."""
-    if tuple(bundle.arch.input) != tuple(data.shape) or list(bundle.arch.classes) != list(data.classes):
-        raise ValueError(
-            f"{bundle.path} expects images {tuple(bundle.arch.input)} of {len(bundle.arch.classes)} classes; the data have "
-            f"{tuple(data.shape)} and {len(data.classes)}. Name its own data with --data.name and --data.root."
-        )
+    wants, classes = tuple(bundle.arch.input), list(bundle.arch.classes)
+    hint = "Name its own data with --data.name and --data.root."
+    if wants != tuple(data.shape) or len(classes) != len(data.classes):
+        raise ValueError(f"{bundle.path} expects images {wants} of {len(classes)} classes; the data have {tuple(data.shape)} "
+                         f"and {len(data.classes)}. {hint}")  # fmt: skip
+    if classes != list(data.classes):
+        mine, theirs = next(pair for pair in zip(classes, data.classes) if pair[0] != pair[1])
+        raise ValueError(f"{bundle.path} has the class {mine!r} where the data have {theirs!r}. {hint}")
 
 
 def teacher_of(path: str | None, device: torch.device, config: Namespace, data: Data) -> Any:
@@ -122,7 +130,7 @@ def conclude(
     """Reads the test split once, writes the trained bundle and prints where it is."""
     if outcome.reason != "done":
         _log.info("stopped (%s) after step %d; continue with --resume auto --out %s", outcome.reason, outcome.step, run.folder)
-        print(run.folder)
+        print(json.dumps(stopped(run, outcome)) if config.json else run.folder)
         return outcome.exit
     net = strategy.network({})
     split = "test" if data.holds("test") else "select" if data.holds("select") else None

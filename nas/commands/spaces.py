@@ -60,9 +60,9 @@ def classes() -> Iterator[tuple[str, type[SearchSpace]]]:
     for module in pkgutil.iter_modules(search_spaces.__path__):
         found = importlib.import_module(f"search_spaces.{module.name}")
         for name, kind in vars(found).items():
-            if inspect.isclass(kind) and issubclass(kind, SearchSpace) and kind is not SearchSpace:
-                if kind.__module__ == found.__name__:
-                    yield f"{module.name}.{name}", kind
+            own = inspect.isclass(kind) and kind.__module__ == found.__name__
+            if own and issubclass(kind, SearchSpace) and kind is not SearchSpace:
+                yield f"{module.name}.{name}", kind
 
 
 def make(kind: type[SearchSpace], args: dict[str, Any]) -> SearchSpace:
@@ -71,7 +71,7 @@ def make(kind: type[SearchSpace], args: dict[str, Any]) -> SearchSpace:
     for name in args:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UsageError(f"--args: {name} is not an argument of {kind.__name__}. Allowed: {', '.join(known)}. Nearest: {near}.")
+            raise UsageError(f"--args: {name} is no argument of {kind.__name__}. Allowed: {', '.join(known)}. Nearest: {near}.")
     missing = [n for n, p in inspect.signature(kind).parameters.items() if p.default is p.empty and n not in args]
     if missing:
         raise UsageError(f"{kind.__name__} needs {', '.join(missing)}: for instance --args '{{{missing[0]}: ...}}'.")

@@ -50,7 +50,7 @@ class Plain:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                      weight_decay=self.weight_decay)
+                      weight_decay=self.weight_decay, fused=True)
         epochs = setup.steps // setup.epoch_steps
         if self.schedule == "cosine":
             factor = cosine(setup.steps, warmup=self.warmup_epochs * setup.epoch_steps)

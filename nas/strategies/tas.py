@@ -81,7 +81,7 @@ class TAS:
         self.F_max = float(self.costs.of(self.space.root.largest()))
         self.R = budget(self.target, self.costs, self.space)
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                      weight_decay=self.weight_decay)
+                      weight_decay=self.weight_decay, fused=True)
         schedule = cosine_per_epoch(setup.steps // setup.epoch_steps, setup.epoch_steps, self.warmup_epochs)
         # idle="zeros": widths that were not sampled keep their momentum and weight decay, as in the released code.
         self.w = Descent(self.net.parameters(), sgd, schedule, clip=self.clip, idle="zeros")

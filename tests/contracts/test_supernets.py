@@ -270,21 +270,23 @@ def test_gradients_reach_every_weight_of_a_mixture(entry: Entry) -> None:
 
 @pytest.mark.usefixtures("smooth")
 def test_owned_parameters_get_a_gradient_iff_their_option_is_used(entry: Entry) -> None:
+    """All other choices are mixed over all their options, so that nothing else decides."""
     net, x = entry.net().train(), entry.images()
-    largest = net.space.largest()
-    depths = {net.space.depth_name(s): largest[net.space.depth_name(s)] for s in range(len(net.stages))}
-    owners = 0
-    for choice in net.space.choices:
-        for option in choice.options:
-            mine = net.owned(choice.name, option)
-            owners += bool(mine)
-            for value in {choice.options[0], option, choice.options[-1]} if mine else ():
-                gradients(net, x, {**largest, choice.name: value})
-                got = [p.grad is not None and bool(p.grad.any()) for p in mine]
-                assert all(got) if value == option else not any(got), (choice.name, option, value)
-        of_all = {id(p) for p in net.owned(choice.name)}
-        assert {id(p) for option in choice.options for p in net.owned(choice.name, option)} <= of_all
-    assert owners >= len(depths)
+    depths = {net.space.depth_name(s) for s in range(len(net.stages))}
+    owners = set()
+    for arch in (net.space.largest(), net.space.smallest(), *archs(net.space, 1, seed=9)):
+        for fixed in (depths, net.space.largest().keys() - depths):
+            gradients(net, x, soft(net.space) | {name: arch[name] for name in fixed})
+            for name in fixed:
+                options = net.space[name].options
+                for option in options:
+                    mine = net.owned(name, option)
+                    got = [p.grad is not None and bool(p.grad.any()) for p in mine]
+                    assert all(got) if arch[name] == option else not any(got), (name, option, arch[name])
+                    owners.update([name] if mine else [])
+                of_any = {id(p) for p in net.owned(name)}
+                assert {id(p) for option in options for p in net.owned(name, option)} <= of_any
+    assert owners == (depths if entry.settings.get("norm") == "shared" else set(net.space.largest()))
 
 
 # -- cost and extraction ----------------------------------------------------------------------------------------------

@@ -31,14 +31,15 @@ class Toy:
     seen: int = field(default=0, init=False)
 
     def start(self, setup: Setup) -> None:
-        self.setup, self.net, self.teacher, self.head = setup, setup.net, setup.teacher, setup.net[0]
+        self.setup, self.net, self.head = setup, setup.net, setup.net[0]
+        self.teacher: Any = setup.teacher
         self.loss = setup.loss
         self.copies = [nn.Linear(2, 2), nn.Linear(2, 1)]
         self.alpha = nn.Parameter(torch.zeros(3))
         self.w = Descent(self.net.parameters(), partial(SGD, lr=self.rate, momentum=0.9), ema=0.9)
         self.parts: dict[str, Any] = {"a": Descent([self.alpha], partial(SGD, lr=1.0)), "n": (1, 2.5, None, True, "x")}
         self.front: list[Tensor] = []
-        self.best = None
+        self.best: float | None = None
 
     def move(self) -> None:
         self.w.down(self.net(torch.ones(1, 2)).square().sum())

@@ -145,7 +145,7 @@ def test_bad_loaders():
     data = loaders()
     draw = data.feed(1, "cpu")
     with pytest.raises(ValueError, match="odds do not apply"):
-        draw("train", odds=1.0)
+        draw("train", odds=torch.ones(40))
     with pytest.raises(ValueError, match="test is read by reports"):
         draw("test")
     with pytest.raises(ValueError, match="'test' has no loader"):

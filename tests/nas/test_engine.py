@@ -79,6 +79,12 @@ class Scalar:
     def architecture(self) -> dict[str, Any]:
         return {}
 
+    def probabilities(self) -> dict[str, Any]:
+        return {}
+
+    def fits(self, arch: Any) -> bool:
+        return True
+
     def network(self, arch: Any) -> Any:
         return self.setup.net
 
@@ -101,11 +107,15 @@ class Stream:
         self.at = state["at"]
 
 
-def setup(steps: int = STEPS) -> Setup:
+def a_teacher() -> nn.Module:
     teacher = nn.Linear(1, 1)
     nn.init.ones_(teacher.weight)
     nn.init.zeros_(teacher.bias)
-    return Setup(Weight(), None, None, CrossEntropy(), teacher, steps, EPOCH_STEPS, 24)
+    return teacher
+
+
+def setup() -> Setup:
+    return Setup(Weight(), None, None, CrossEntropy(), a_teacher(), STEPS, EPOCH_STEPS, 24)
 
 
 def fit(
@@ -220,7 +230,7 @@ def test_a_killed_and_resumed_run_is_bit_exact(tmp_path: Path, die: int) -> None
 
 def test_sessions_cut_by_time_add_up_to_the_same_run(tmp_path: Path) -> None:
     fit(tmp_path / "straight")
-    reasons = []
+    reasons: list[str] = []
     while not reasons or reasons[-1] != "done":
         outcome = fit(tmp_path / "short", max_time=1e-9 if len(reasons) < 7 else None)[1]
         reasons.append(outcome.reason)
@@ -345,7 +355,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
     env = json.loads((tmp_path / "run" / "env.json").read_text())
     assert env["versions"]["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads()
     kept = {path.name for path in run.checkpoints.iterdir()}
-    assert kept == {"last.pt", "previous.pt", "best.pt", f"teacher-{checkpoint.digest(setup().teacher)}.pt"}
+    assert kept == {"last.pt", "previous.pt", "best.pt", f"teacher-{checkpoint.digest(a_teacher())}.pt"}
     assert last(tmp_path / "run")["config_hash"] == checkpoint.config_hash(config)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import Parameter
 from torch.optim import SGD
 
@@ -71,6 +73,7 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ranks.start("cpu")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -84,6 +87,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert found["average"].tolist() == [[0.0, 10.0], [20.0, 30.0]] and found["other"].tolist() == [3.5]
         assert found["broadcast"].tolist() == [7.0] and found["counts"].tolist() == [70]
         assert found["text"] == "from 0" and found["anywhere"] == [True, True, False] and found["rank"] == i
+        assert (tmp_path / f"{i}.left").read_text() == "nothing"
         assert found["reasons"] == [*[None] * 9, "terminated"]
 
 
@@ -92,6 +96,7 @@ def child(folder: Path) -> None:
     from nas.engine import Stop
 
     me = ranks.start("cpu")
+    group = weakref.ref(dist.group.WORLD)
     average = torch.tensor([[0.0, 20.0], [40.0, 60.0]]).T.contiguous().T * me.rank  # a transposed layout
     other = torch.tensor([3.0 + me.rank], dtype=torch.float64)
     ranks.average_([average, other])
@@ -112,6 +117,7 @@ def child(folder: Path) -> None:
     }
     torch.save(found, folder / f"{me.rank}.pt")
     ranks.stop()
+    (folder / f"{me.rank}.left").write_text("nothing" if group() is None else "the group, and its threads")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""A search from start to end: train a supernet by its strategy, pick, write arch.json; and the bundle of what was found.
+
+From Python, on your own images and without a recipe:
+
+    data = from_dataset(MyImages(), classes=["cat", "dog"], batch_size=64, valid_fraction=0.5)
+    net = ResNet(CifarResNet(depth=20), channels=data.shape[0], classes=len(data.classes))
+    found = search(data, net, TAS(target="55%"), epochs=30, out="runs/mine")
+    found.bundle("runs/mine/bundle")
+"""
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from nas import ranks
+from nas.build import Built, arch_file, device_of, gather
+from nas.bundle import prove, write_bundle
+from nas.data import Data
+from nas.engine import Outcome, seed_from
+from nas.evaluate import score_plain, statistics_of
+from nas.feed import Loaders
+from nas.losses import CrossEntropy
+from nas.picks import Picks
+from nas.protocols import Strategy
+from nas.recalibrate import install
+from nas.run import Run
+from search_spaces.arch import ArchFile, read_arch, write_arch
+from search_spaces.space import Arch
+from supernets.extract import extract
+
+_log = logging.getLogger("nas")
+
+
+class Found(NamedTuple):
+    """What a search found: ``arch`` is the content of ``folder``/arch.json."""
+
+    folder: Path
+    arch: ArchFile
+    built: Built
+    config: dict[str, Any]
+
+    def bundle(self, out: str | Path, inherit: bool = True, onnx: bool = False, pt2: bool = False) -> Path:
+        """The plain network as a folder (nas/bundle.py), proven as ``nas extract`` does. Raises like ``bundle``."""
+        return bundle(self.built, self.arch.arch, dict(self.arch.metrics), self.config, Path(out), inherit=inherit,
+                      trained=True, onnx=onnx, pt2=pt2)[0]  # fmt: skip
+
+
+def search(
+    data: Data | Loaders, net: Any, strategy: Strategy, *, epochs: int, out: str | Path, seed: int = 1,
+    device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1,
+) -> Found:  # fmt: skip
+    """``nas search`` for objects of your own: trains ``net`` over ``net.space`` in the run folder ``out``.
+
+    ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture.
+    ``resume``: "auto" goes on where a killed run of ``out`` stopped. Ctrl-C and SIGTERM save, then raise SystemExit.
+    Raises ValueError where the parts do not fit, before a folder is made.
+    """
+    if epochs < 1 or every < 1:
+        raise ValueError(f"epochs = {epochs}, every = {every}. Allowed: 1 or more.")
+    place = device_of(device)
+    group = ranks.start(place)
+    # Loaders answers what Data does; only recipes build Data from arguments.
+    built = gather(cast(Data, data), net.to(place), strategy, loss or CrossEntropy(), epochs=epochs, seed=seed,
+                   device=place, group=group)  # fmt: skip
+    rehearse(built)
+    space = {"name": net.space.name, "args": net.space.args}
+    values = json.loads(json.dumps(vars(strategy), default=str))
+    config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe()},
+              "epochs": epochs, "seed": seed, "every": every}  # fmt: skip
+    run = Run(out, config, device=place, ranks=group, resume=resume)
+    try:
+        outcome, path = train(built, run, config, seed=seed, every=every)
+    finally:
+        run.close()
+    if outcome.reason != "done":
+        raise SystemExit(outcome.exit)
+    return Found(run.folder, read_arch(ranks.share(str(path))), built, config)
+
+
+def rehearse(built: Built) -> None:
+    """ValueError for what does not fit, before a folder is made: the strategy's budget, a split that picks would read."""
+    built.data.reads("select")
+    copy.copy(built.strategy).start(built.setup)
+
+
+def train(
+    built: Built, run: Run, config: Mapping[str, Any], *, seed: int, every: int = 1, images: int | None = None,
+    bn_images: int = 2000, max_time: float | None = None,
+) -> tuple[Outcome, Path | None]:  # fmt: skip
+    """Trains in the folder of ``run``. Returns how it ended, and the path of arch.json (the main rank, where it is done).
+
+    ``every``: epochs between readings on ``images`` of the select split, after ``bn_images`` recalibrated batch norms.
+    """
+    if built.ranks.main:
+        _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
+    feed = built.data.feed(seed, built.device, built.ranks.rank, built.ranks.world)
+    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images)
+    acts = [(every * built.setup.epoch_steps, picks)]
+    outcome = run.fit(built.strategy, built.setup, feed, seed=seed, every=acts, max_time=max_time, keep={"picks": picks})
+    if not built.ranks.main:
+        return outcome, None
+    if outcome.reason != "done":
+        _log.info("stopped (%s) after step %d; continue with --resume auto --out %s", outcome.reason, outcome.step, run.folder)
+        return outcome, None
+    return outcome, conclude(built, picks, config, run.folder)
+
+
+def stopped(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """What ``--json`` prints of a run that was stopped before its end."""
+    return {"run": str(run.folder), "stopped": outcome.reason, "step": outcome.step}
+
+
+def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path) -> Path:
+    """Writes arch.json (the last architecture, as published; the best one where the last misses the budget) and
+    arch-best.json. Returns the path of arch.json."""
+    last = picks.last
+    arch = built.space.canonical(built.strategy.architecture())
+    if last is None or last["arch"] != arch or last["step"] != built.setup.steps - 1:
+        scores = picks.read(built.strategy, arch)
+        last = {"arch": arch, "metric": picks.metric(scores), "fits": built.strategy.fits(arch)}
+    best = picks.best
+    if last["fits"] and (best is None or last["metric"]["value"] > best["metric"]["value"]):
+        best = last
+
+    def write(name: str, pick: Mapping[str, Any]) -> None:
+        write_arch(folder / name, arch_file(built, pick["arch"], {"top1": pick["metric"]}, config), built.space)
+
+    chosen = last
+    if not last["fits"]:
+        if best is None:
+            _log.warning("no derived architecture met the budget: arch.json misses it. Train longer, or raise cost_weight.")
+        else:
+            _log.warning("the last architecture misses the budget: arch.json holds the best one that meets it")
+            chosen = best
+            write("arch-last.json", last)
+    write("arch.json", chosen)
+    if best is not None:
+        write("arch-best.json", best)
+    costs, full = built.prices(chosen["arch"]), built.prices(built.space.root.largest())
+    _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
+              "inherited weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
+              f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"],
+              chosen["metric"]["value"], chosen["metric"]["n"])
+    return folder / "arch.json"
+
+
+def bundle(
+    built: Built, arch: Arch, metrics: dict[str, Any], config: Mapping[str, Any], out: Path, *, inherit: bool,
+    trained: bool, bn_images: int = 2000, onnx: bool = False, pt2: bool = False,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """Recalibrate, extract, prove (law 6), write: the folder ``out`` and its report.
+
+    ``inherit``: with the supernet's weights, else fresh ones. ``trained``: the strategy has been started, its network
+    serves ``arch``. Raises ValueError where weights cannot be inherited or ``out`` is in use, RuntimeError where the plain
+    network is not what the supernet and its cost table say.
+    """
+    net = built.strategy.network(arch) if trained else built.net
+    x = next(iter(built.data.batches("train", built.device, batch_size=8))).x
+    reference = None
+    if inherit:
+        extract(net, arch, x)  # refuses early what cannot be inherited
+        install(net, statistics_of(net, [arch], built.data, built.device, bn_images)[0])
+    net.eval()
+    with torch.no_grad():
+        graph = extract(net, arch, x, inherit=inherit, seed=seed_from(config["seed"], "fresh"))
+        if inherit:
+            reference = type(net).forward(net, x, arch)  # in float32, whatever precision the run trains in
+    predicted = {name: int(cost) for name, cost in built.prices(arch).items() if name in ("macs", "params")}
+    report = prove(graph, x, predicted, reference)
+    if trained and inherit and built.data.holds("select"):
+        scores = score_plain(graph, built.data, "select", built.device)
+        metrics = {"top1": {"value": scores.top1, "split": built.data.reads("select"), "n": scores.n,
+                            "weights": "inherited", "bn": "recalibrated"}}  # fmt: skip
+    kept = ("data", "loss", "retrain", "seed", "precision", "channels_last")
+    report["recipe"] = {key: config[key] for key in kept if key in config}
+    file = arch_file(built, arch, metrics if inherit else {}, config)
+    write_bundle(out, graph.cpu(), file, report, x.cpu(), onnx=onnx, pt2=pt2, space=built.space)
+    return out, report
