@@ -100,8 +100,9 @@ class Alpha(nn.Module):
         """Mean over open choices of H(softmax(alpha)) / log(allowed options): 1 undecided, 0 decided."""
         parts = []
         for _, logits, allowed in self._rows(None):
-            H = torch.special.entr(torch.softmax(logits, dim=1)).sum(1)
-            parts.append(H / allowed.sum(1).log())
+            log_p = torch.log_softmax(logits, dim=1).masked_fill(~allowed, 0.0)  # 0 log 0 is 0, in the gradient too
+            H = -(torch.softmax(logits, dim=1) * log_p).sum(1)
+            parts.append(H / allowed.sum(1).to(H).log())
         return torch.cat(parts).mean() if parts else torch.zeros(())
 
     # -- inside -----------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def load_weights(path: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read as safetensors weights: {error}") from None
+        raise UsageError(f"{path} cannot be read as weights: {error}. Give model.safetensors of a bundle.") from None
 
 
 def adopt(net: nn.Module, arch: Arch, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:

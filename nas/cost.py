@@ -127,6 +127,8 @@ class CostTable:
             for values in itertools.product(*options):
                 shape = layer.shape(*(values[i] for i in order))
                 costs.append(0 if shape is None else price(layer.op, shape))
+            if not any(costs):  # a norm's products, a depth off the list
+                continue
             table = np.array(costs).reshape([len(values) for values in options])
             terms[on] = terms[on] + table if on in terms else table
         return terms

@@ -27,15 +27,18 @@ class Scores(NamedTuple):
 
 
 def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int) -> Scores:
-    """Reads every batch once. Sums are kept in float64, so the result depends on no batch size. ValueError without images."""
+    """Reads every batch once. Sums are kept in float64, so the result depends on no batch size. ValueError without images.
+
+    Soft labels cost their own cross-entropy and count as their most probable class.
+    """
     right = torch.zeros(classes, dtype=torch.int64)
     count = torch.zeros(classes, dtype=torch.int64)
     loss = 0.0
     with torch.no_grad():
         for x, y, _ in batches:
             z = forward(x)
+            loss += float(F.cross_entropy(z.double(), y.double() if y.ndim == 2 else y, reduction="sum"))
             y = y.argmax(1) if y.ndim == 2 else y
-            loss += float(F.cross_entropy(z.double(), y, reduction="sum"))
             hit = z.argmax(1) == y
             right += torch.bincount(y[hit], minlength=classes).cpu()
             count += torch.bincount(y, minlength=classes).cpu()

@@ -40,7 +40,12 @@ def explain(message: str, parser: ArgumentParser) -> str:
         match = re.search(pattern, text)
         if match:
             return answer(match)
+    wanted = re.search(r"Subtypes: \[<class '(?:[\w.]*\.)?(\w+)'>, <class 'NoneType'>\]", text)
     kinds = [_kind(kind) for kind in re.findall(r"Expected an? (<class '[^']+'>|tuple with \d+ elements)", text)]
+    if path and len(kinds) > 1:
+        kinds.remove(KINDS["NoneType"])  # that would be instead of the class, not instead of its argument
+    if kinds == [KINDS["NoneType"]] and wanted:
+        return f"{where} = {value} is not a {wanted.group(1)}. {CLASS}"
     if kinds and value:
         return f"{where} = {value} is not valid. Expected: {' or '.join(dict.fromkeys(kinds))}."
     return text if not where or text.startswith(where) else f"{where}: {text}"

@@ -36,9 +36,9 @@ class Picks:
     def __call__(self, now: Moment, strategy: Strategy) -> None:
         if not self.ranks.main:
             return
-        arch = self.space.canonical(strategy.architecture())
+        derived = strategy.architecture()
+        arch, fits = self.space.canonical(derived), strategy.fits(derived)
         scores = self.read(strategy, arch)
-        fits = strategy.fits(arch)
         self.log.now(now.step, {"select/top1": scores.top1, "select/loss": scores.loss, "select/fits": float(fits)})
         self._draw(now.step, strategy.probabilities())
         self.last = {"arch": arch, "metric": self.metric(scores), "step": now.step, "fits": fits}

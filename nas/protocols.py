@@ -18,7 +18,7 @@ from supernets.layers import Layer
 if TYPE_CHECKING:
     from nas.cost import CostTable
 
-Metrics = Mapping[str, "float | Tensor"]
+Metrics = Mapping[str, float | Tensor]
 """What one step reports: tag -> number or scalar tensor (kept on its device until the log reads it)."""
 
 

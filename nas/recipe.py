@@ -159,7 +159,7 @@ def _check_form(parser: ArgumentParser, base: Mapping[str, Any]) -> None:
     sections: dict[str, list[str]] = {}
     for key in keys_of(parser):
         top, dot, rest = key.partition(".")
-        if dot:
+        if dot and rest != "help":
             sections.setdefault(top, []).append(rest)
     for key, value in base.items():
         if key in sections and not isinstance(value, Mapping):

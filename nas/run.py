@@ -69,11 +69,12 @@ class Run:
         self.made = not self.folder.exists()
         self.checkpoints = self.folder / "checkpoints"
         self.loaded: dict[str, Any] | None = None
+        path: Path | None = None
         if _has_checkpoint(self.folder):
             self.loaded, path = checkpoint.load(self.checkpoints, self.device)
             checkpoint.check_config(self.loaded["config"], self.config, path)
         self.start: int = self.loaded["step"] if self.loaded else 0
-        self.good: Path | None = self.checkpoints / "last.pt" if self.loaded else None
+        self.good: Path | None = path if self.loaded else None
         self.saved = self.start if self.loaded else None  # the step of last.pt
         self.fitted: _Fitted | None = None
         if ranks.main:
@@ -155,6 +156,8 @@ class Run:
         if name != "last":
             checkpoint.write(self.checkpoints / f"{name}.pt", self._payload(step))
             return
+        if self.good is not None and self.good.name != "last.pt":
+            (self.checkpoints / "last.pt").unlink(missing_ok=True)  # torn: it must not take the place of the good one
         self.good = checkpoint.save(self.checkpoints, self._payload(step))
         self.saved = step
 

@@ -120,10 +120,11 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
     """Writes arch.json (the last architecture, as published; the best one where the last misses the budget) and
     arch-best.json. Returns the path of arch.json."""
     last = picks.last
-    arch = built.space.canonical(built.strategy.architecture())
+    derived = built.strategy.architecture()
+    arch = built.space.canonical(derived)
     if last is None or last["arch"] != arch or last["step"] != built.setup.steps - 1:
         scores = picks.read(built.strategy, arch)
-        last = {"arch": arch, "metric": picks.metric(scores), "fits": built.strategy.fits(arch)}
+        last = {"arch": arch, "metric": picks.metric(scores), "fits": built.strategy.fits(derived)}
     best = picks.best
     if last["fits"] and (best is None or last["metric"]["value"] > best["metric"]["value"]):
         best = last
@@ -144,7 +145,7 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
         write("arch-best.json", best)
     costs, full = built.prices(chosen["arch"]), built.prices(built.space.root.largest())
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
-              "inherited weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
+              "in the supernet's weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
               f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"],
               chosen["metric"]["value"], chosen["metric"]["n"])
     return folder / "arch.json"

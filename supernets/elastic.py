@@ -201,6 +201,8 @@ class ElasticConv(Leaf):
     def _fold_into(self, weight: Tensor, sizes: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
         """Without a norm the whole mixture is linear in the filters: M W."""
         C = max(sizes)
+        if len(sizes) == 1:
+            return weights[0].to(weight.dtype) * weight
         M = sum(
             F.pad(averaging(c, C, self.mixing).to(weight) * v.to(weight.dtype), (0, C - c)) for c, v in zip(sizes, weights)
         )

@@ -110,13 +110,13 @@ def blend(candidates: Sequence[Callable[[Tensor], Tensor]], x: Tensor, mixture: 
     """sum over the active candidates of w_j f_j(x), and what ``idle`` says of the others.
 
     The only place that reads ``active`` and ``idle`` for candidate operations; ``fold`` has the same duty for widths.
-    ``candidates[j]`` belongs to ``mixture.options[j]`` and is called only if it counts.
+    ``candidates[j]`` belongs to ``mixture.options[j]`` and is called only if it counts. ValueError where none is active.
     """
+    if not active(mixture):
+        raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
     if mixture.idle == "gate":
         out = torch.stack([candidates[j](x) for j in active(mixture)]).sum(0)
         return _Gate.apply(out, mixture.weights, x.detach(), lambda j, x: candidates[j](x))
-    if not active(mixture):
-        raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
     w = mixture.weights.to(x.dtype).unbind(0)
     first, *others = active(mixture)
     out = w[first] * candidates[first](x)

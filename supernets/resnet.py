@@ -181,9 +181,9 @@ class ResNet(nn.Module):
             yield from block.add.layers(hw, when, source)
 
     def _outputs(self, s: int, view: str) -> list[tuple[When | None, Size]]:
-        """What stage ``s`` hands on: one alternative, or one for each depth that ends in a width of its own."""
+        """What stage ``s`` hands on: one alternative, or one for each depth (listed or not) that ends in a width of its own."""
         name, last = self.space.depth_name(s), self.space.convs - 1
-        ends = {d: self.space.conv_size(s, int(d) - 1, last) for d in self.space.root[name].options}
+        ends = {d: self.space.conv_size(s, d - 1, last) for d in range(1, len(self.blocks(s)) + 1)}
         if view != "derived" or len({size.on for size in ends.values()}) == 1:
             return [(None, self.space.conv_size(s, len(self.blocks(s)) - 1, last))]
         return [(When((name,), lambda depth, d=d: depth == d), size) for d, size in ends.items()]

@@ -1,6 +1,7 @@
 """nas retrain BUNDLE [--from scratch|inherited] [--teacher BUNDLE]: train a plain network by the strategy ``plain``."""
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -48,12 +49,15 @@ def run(argv: Sequence[str]) -> int:
     if group.main:
         _log.info("%s", data.describe())
     net = bundle.module if config.weights == "inherited" else rebuild(bundle.arch, seed_from(config.seed, "fresh"))
+    if group.main and config.teacher is None:
+        _log.info("no --teacher: the network learns from the labels alone (plain.lam and plain.T are not used)")
     net = in_precision(net.train().to(device), config.precision, config.channels_last)
     teacher = teacher_of(config.teacher, device, config, data)
     feed = data.feed(config.seed, device, group.rank, group.world)
     epoch_steps = feed.epoch_steps() // config.plain.accumulate or 1
     setup = Setup(net, None, None, loss_of(config), teacher, config.epochs * epoch_steps, epoch_steps, data.count("train"))
     strategy = Plain(**config.plain.as_dict())
+    copy.copy(strategy).start(setup)  # refuses what does not fit before a folder is made
     plain = {**plain_config(parser, config), "bundle": str(bundle.path), "teacher": config.teacher}
     out = config.out or f"runs/retrain-{bundle.path.resolve().name}"
     run = Run(out, plain, device=device, ranks=group, resume=config.resume, period=config.log_every)
@@ -134,19 +138,19 @@ def conclude(
         return outcome.exit
     net = strategy.network({})
     split = "test" if data.holds("test") else "select" if data.holds("select") else None
-    metrics = {}
+    metrics, weights = {}, "fine-tuned" if config.weights == "inherited" else "scratch"
     if split:
         scores = score_plain(net, data, split, device)
-        metrics = {"top1": {"value": scores.top1, "split": split, "n": scores.n,
-                            "weights": "fine-tuned" if config.weights == "inherited" else "scratch", "bn": "running"}}
+        metrics = {"top1": {"value": scores.top1, "split": split, "n": scores.n, "weights": weights, "bn": "running"}}
         _log.info("top-1 %.4f on %d %s images", scores.top1, scores.n, split)
     example = next(iter(data.batches("train", device, batch_size=8))).x.cpu()
     graph = rebuild(bundle.arch)
     graph.load_state_dict({key: value.cpu() for key, value in net.state_dict().items()})
     graph.eval()
     predicted = {name: int(cost) for name, cost in bundle.arch.costs.items() if name in ("macs", "params")}
-    with torch.no_grad():
-        report = {**prove(graph, example, predicted, graph(example)), "recipe": bundle.report.get("recipe", {})}
+    with torch.no_grad():  # the network that was trained and read, in float32, against the one that is written
+        reference = type(net).forward(net.eval().cpu().to(memory_format=torch.contiguous_format), example)
+    report = {**prove(graph, example, predicted, reference), "weights": weights, "recipe": bundle.report.get("recipe", {})}
     report["retrain"] = {"teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step}
     file = replace(bundle.arch, metrics=metrics, provenance={
         **bundle.arch.provenance, "retrained": "plain", "retrain_seed": config.seed, "versions": versions()})  # fmt: skip

@@ -12,6 +12,9 @@ A sample mixes two candidate widths of every convolution, drawn without replacem
 supernet (6)-(8), and all depths of every stage (9). L_cost (10)-(13) is log E of the expected cost, with a sign that the
 cost F of the arg-max network decides. The found network is trained from scratch with the strategy ``plain``, (14).
 
+Inherent, and not mended here: the merge of depths trains every depth, shallow taps most; the search samples, the
+derivation takes the arg-max. R and F_max leave out the classifier's bias (as many MACs as classes).
+
 Not done: the redraw of both samples per replica (every rank draws the same sample; gradients are averaged).
 """
 from __future__ import annotations
@@ -40,10 +43,10 @@ class TAS:
 
     ``target``: the budget R in the price of the run's cost table (MACs): "55%" of the unpruned net, or a number.
     ``tolerance`` t; ``cost_weight`` lambda_cost; ``candidates`` I, the widths sampled for a convolution.
-    ``rule``: when the cost loss pulls. "paper": F outside (1 -+ t) R. "released": F > R, or F < R - t F_max, with F read by
-    the released estimator.
+    ``rule``: when the cost loss pulls. "paper": F outside (1 -+ t) R, F the true cost of the network that would be built.
+    "released": F > R, or F < R - t F_max, F by the released estimator ("estimated" view). E is the "searched" view in both.
     ``all_of``: pattern of the choices that mix all their options (depths) instead of ``candidates``.
-    ``temperature``: tau from first to last epoch, "linear", or "cosine" as in the released script (5 -> 0.1).
+    ``temperature``: tau from first to last epoch, "linear" or "cosine" (the released script: cosine with [5, 0.1]).
     """
 
     target: str | float = "55%"
@@ -129,14 +132,16 @@ class TAS:
     def cost_loss(self) -> tuple[Tensor, Tensor, float]:
         """L_cost, E and F: +log E where F is too big, -log E where it is too small, else 0."""
         E = self.costs.seen("searched").expected(self.alpha.soft(), self.space)  # (10)-(13)
-        R, t = self.R, self.tolerance
+        F, R, t = self.F(self.alpha.architecture()), self.R, self.tolerance
         if self.rule == "paper":
-            F = float(self.costs.of(self.alpha.architecture()))
-            big, small = (1 + t) * R < F, (1 - t) * R > F
+            big, small = F > (1 + t) * R, F < (1 - t) * R
         else:
-            F = float(self.costs.seen("estimated").of(self.alpha.architecture()))
-            big, small = F > R, R - t * self.F_max > F
+            big, small = F > R, F < R - t * self.F_max
         return (float(big) - float(small)) * E.log(), E, F
+
+    def F(self, arch: Mapping[str, Value]) -> float:
+        """The cost of a hard architecture (not canonical: the released estimator reads what removed blocks say)."""
+        return float((self.costs if self.rule == "paper" else self.costs.seen("estimated")).of(arch))
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         with torch.no_grad():
@@ -149,9 +154,9 @@ class TAS:
         return self.alpha.architecture()
 
     def fits(self, arch: Mapping[str, Value]) -> bool:
-        """Whether F(arch) lies within t R of the target (released rule: within t F_max)."""
+        """Whether F(arch) lies within t R of the target (released rule: t F_max); ``arch`` as ``architecture`` gave it."""
         slack = self.tolerance * (self.R if self.rule == "paper" else self.F_max)
-        return abs(self.costs.of(arch) - self.R) <= slack
+        return abs(self.F(arch) - self.R) <= slack
 
     def network(self, arch: Mapping[str, Setting]) -> Any:
         return self.net

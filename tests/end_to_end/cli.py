@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nas.__main__ import main
@@ -98,3 +99,16 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
+
+
+def draw_images(root: Path, mode: str) -> None:
+    """Two classes of 8x8 PNG files, dark and bright, 20 and 5 of each to train and test."""
+    noise = torch.Generator().manual_seed(1)
+    for part, n in (("train", 20), ("test", 5)):
+        for label, low in (("dark", 0), ("bright", 128)):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for i in range(n):
+                shape = (8, 8, 3) if mode == "RGB" else (8, 8)
+                pixels = torch.randint(low, low + 128, shape, generator=noise, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")

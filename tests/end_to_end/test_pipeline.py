@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import DATA, RETRAIN, SEARCH, SPACE, TINY, Result, nas, ok
+from cli import RETRAIN, SEARCH, SPACE, TINY, Result, draw_images, nas, ok
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +26,7 @@ from nas.recipe import find, parse, read, search_parser
 from search_spaces.arch import read_arch
 from search_spaces.resnet import CifarResNet
 
+ONE = ("--epochs", "1", "--plain.warmup_epochs", "0")
 SCALARS = {
     "train/loss", "train/top1", "train/lr", "train/grad_norm", "valid/loss", "valid/top1", "alpha/entropy", "cost/expected",
     "cost/current", "cost/target", "system/images_per_s", "system/memory", "system/data_wait",
@@ -190,7 +191,7 @@ def test_a_retrained_bundle_evaluates_to_what_it_states(retrained: Path) -> None
 
 
 def test_scratch_and_inherited_start_from_what_they_say(bundle: Path, tmp_path: Path) -> None:
-    still = ("--plain.lr", "0", "--plain.weight_decay", "0", "--epochs", "1", *DATA, "--threads", "1")
+    still = ("--plain.lr", "0", "--plain.weight_decay", "0", *RETRAIN, *ONE)
     old = {key: value for key, value in load_file(bundle / "model.safetensors").items() if value.ndim > 1}
     for origin, same in (("inherited", True), ("scratch", False)):
         path = Path(ok("retrain", bundle, "--from", origin, *still, "--out", tmp_path / origin).last)
@@ -203,7 +204,7 @@ def test_scratch_and_inherited_start_from_what_they_say(bundle: Path, tmp_path: 
 def test_a_teachers_loss_is_the_published_one(bundle: Path, retrained: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
     ok("retrain", bundle, "--from", "inherited", "--teacher", retrained / "bundle", "--plain.lam", "0.7", "--plain.T", "3",
-       "--log-every", "1", *RETRAIN, "--epochs", "1", "--out", out)  # fmt: skip
+       "--log-every", "1", *RETRAIN, *ONE, "--out", out)  # fmt: skip
     data = Data("digits", batch_size=16, augment=["crop"], limit=200)
     x, y, _ = data.feed(1, "cpu")("train")
     with torch.no_grad():
@@ -235,7 +236,7 @@ def test_predict_names_a_class_with_its_probability(retrained: Path, tmp_path: P
 def test_a_trained_largest_network_starts_a_search(place: Path, tmp_path: Path) -> None:
     full = ok("extract", "tas-digits", *SPACE, "--data.limit", "200", "--data.batch_size", "16", "--arch", "largest", "--out",
               tmp_path / "full").last  # fmt: skip
-    trained = Path(ok("retrain", full, *RETRAIN, "--epochs", "1", "--out", tmp_path / "teacher").last)
+    trained = Path(ok("retrain", full, *RETRAIN, *ONE, "--out", tmp_path / "teacher").last)
     weights = str(trained / "model.safetensors")
     built = assemble(parse(search_parser(), read(find("tas-digits")), [*TINY, "--init", weights]))
     x = next(built.data.batches("test", "cpu", batch_size=32)).x
@@ -264,19 +265,6 @@ def test_spaces_lists_and_describes() -> None:
     assert "40,813,184" in text and "reachable: 22,447,251 MACs" in text
     few = json.loads(ok(*words, "--restrict", '{"*.depth": largest}', "--json").last)
     assert few["choices"]["stage0.depth"] == [3] and few["size"] < said["size"]
-
-
-def draw_images(root: Path, mode: str) -> None:
-    """Two classes of 8x8 PNG files, dark and bright, 20 and 5 of each to train and test."""
-    noise = torch.Generator().manual_seed(1)
-    for part, n in (("train", 20), ("test", 5)):
-        for label, low in (("dark", 0), ("bright", 128)):
-            folder = root / part / label
-            folder.mkdir(parents=True)
-            for i in range(n):
-                shape = (8, 8, 3) if mode == "RGB" else (8, 8)
-                pixels = torch.randint(low, low + 128, shape, generator=noise, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -106,24 +106,24 @@ class Hand:
         g = -torch.empty(1, 3, dtype=torch.float64).exponential_(generator=noise)[0].log()
         u = (alpha - alpha.exp().sum().log() + g) / tau
         p = u.exp() / u.exp().sum()
-        I = sorted(torch.multinomial(p[None] + 1e-7, 2, generator=noise)[0].tolist())
-        v = p[I] / p[I].sum()
+        at = sorted(torch.multinomial(p[None] + 1e-7, 2, generator=noise)[0].tolist())
+        v = p[at] / p[at].sum()
         g = -torch.empty(1, 2, dtype=torch.float64).exponential_(generator=noise)[0].log()
         r = (beta - beta.exp().sum().log() + g) / tau
-        return I, v, r.exp() / r.exp().sum()
+        return at, v, r.exp() / r.exp().sum()
 
-    def forward(self, batch: Batch, I: list[int], v: Tensor, q: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch, at: list[int], v: Tensor, q: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
         """Loss; dL/d(a, b); dL/dv; dL/dq."""
         a, (b1, b2), x = self.w[:3], self.w[3:], batch.x[:, 0]
-        f, D = (v * a[I]).sum(), q[0] * b1 + q[1] * b1 * b2
+        f, D = (v * a[at]).sum(), q[0] * b1 + q[1] * b1 * b2
         sigma = 1 / (1 + (-x * f * D).exp())
         hit = (batch.y == 0).double()
         L = -(hit * sigma.log() + (1 - hit) * (1 - sigma).log()).mean()
         G = ((sigma - hit) * x).mean()  # dL/do x, o = x f D
         dw = torch.zeros(5, dtype=torch.float64)
-        dw[I] = G * D * v
+        dw[at] = G * D * v
         dw[3], dw[4] = G * f * (q[0] + q[1] * b2), G * f * q[1] * b1
-        return L.item(), dw, G * D * a[I], G * f * torch.stack([b1, b1 * b2])
+        return L.item(), dw, G * D * a[at], G * f * torch.stack([b1, b1 * b2])
 
     def cost(self) -> tuple[float, Tensor, float]:
         """(10)-(13): E, d log E / dA; and F of the arg-max net."""
@@ -145,14 +145,14 @@ class Hand:
         self.buffer = d if self.buffer is None else self.mu * self.buffer + d
         self.w = self.w - rate * (d + self.mu * self.buffer)  # (1), Nesterov
 
-        I, v, q = self.sample(tau, noise)
-        L_valid, _, dv, dq = self.forward(valid, I, v, q)
+        at, v, q = self.sample(tau, noise)
+        L_valid, _, dv, dq = self.forward(valid, at, v, q)
         E, dlogE, F = self.cost()
         dA = torch.zeros(5, dtype=torch.float64)
-        dA[I] = v * (dv - (v * dv).sum()) / tau  # log softmax adds the same to every u: it drops out of v
+        dA[at] = v * (dv - (v * dv).sum()) / tau  # log softmax adds the same to every u: it drops out of v
         dA[3:] = q * (dq - (q * dq).sum()) / tau
-        pull = (F > (1 + self.t) * self.R) - (F < (1 - self.t) * self.R)
-        g = dA + self.lambda_cost * pull * dlogE + self.wd_A * self.A
+        too_big, too_small = (1 + self.t) * self.R < F, (1 - self.t) * self.R > F
+        g = dA + self.lambda_cost * (too_big - too_small) * dlogE + self.wd_A * self.A
         n = step + 1
         self.m, self.s = self.b1 * self.m + (1 - self.b1) * g, self.b2 * self.s + (1 - self.b2) * g**2
         root = (self.s / (1 - self.b2**n)).sqrt() + 1e-8

@@ -1,242 +1,264 @@
-"""Every published or derived figure of TAS (arXiv 1905.09717; configurations of the released code), to the last digit."""
+"""Every figure of section 6 of the method page of TAS (arXiv 1905.09717): lists, costs of unpruned, expected, shallow and
+derived nets, to the last digit. Figures are facts; the configs are published widths and depths."""
 from __future__ import annotations
 
-import random
-from functools import cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from nas.alpha import Alpha
-from nas.cost import CostTable, activations, budget, params
-from search_spaces.resnet import CifarResNet, ImageNetResNet
-from search_spaces.space import Arch, Choice, Mixture, SearchSpace
+from nas.bundle import counted
+from nas.cost import CostTable, macs, params
+from search_spaces.resnet import CifarResNet, ImageNetResNet, width_options
+from search_spaces.space import Arch, Mixture, Setting
 from supernets.extract import extract
-from supernets.layers import Layer, Shape
 from supernets.resnet import ResNet
+
+# -- 1: lists -----------------------------------------------------------------------------------------------------------
 
 WIDTHS = {
     16: "4 6 8 9 11 12 14 16", 32: "9 12 16 19 22 25 28 32", 64: "19 25 32 38 44 51 57 64",
     128: "38 51 64 76 89 102 115 128", 256: "76 102 128 153 179 204 230 256", 512: "153 204 256 307 358 409 460 512",
     1024: "307 409 512 614 716 819 921 1024", 2048: "614 819 1024 1228 1433 1638 1843 2048",
 }  # fmt: skip
-DEPTHS = {20: (1, 2, 3), 32: (1, 3, 5), 56: (1, 3, 5, 7, 9), 110: (1, 3, 5, 7, 9, 11, 13, 15, 17, 18)}
-# net, classes -> conv MACs of the unpruned net, parameters, trainable parameters of the search net with its logits
-UNPRUNED = {
-    (20, 10): (40_812_544, 272_282, 279_089), (32, 10): (69_124_096, 466_714, 477_305), (56, 10): (125_747_200, 855_578, None),
-    (110, 10): (253_149_184, 1_730_522, None), (32, 100): (69_124_096, 472_564, None),
+CIFAR_DEPTHS = {
+    14: (1, 2), 20: (1, 2, 3), 32: (1, 3, 5), 56: (1, 3, 5, 7, 9), 110: (1, 3, 5, 7, 9, 11, 13, 15, 17, 18),
+    164: (1, 3, 5, 7, 9, 11, 13, 15, 17, 18),
 }  # fmt: skip
-# all uniform, uniform width at max depth, max width at uniform depth, all at max: MFLOPs of the estimator
-EXPECTED = {20: (10.8325, 16.5489, 26.6574, 40.8132), 32: (16.5489, 27.9816, 40.8132, 69.1247)}
-# depth, classes, blocks kept, est (M), true MACs, parameters, channels
+IMAGENET_DEPTHS = {18: [(1, 2)] * 4, 50: [(1, 2, 3), (1, 2, 4), (2, 4, 6), (1, 2, 3)]}
+LOGITS = {20: ((19, 8), (3, 3)), 32: ((31, 8), (3, 3)), 56: ((55, 8), (3, 5)), 110: ((109, 8), (3, 10))}
+
+
+@pytest.mark.parametrize("full", WIDTHS)
+def test_width_lists(full: int) -> None:
+    assert " ".join(map(str, width_options(full))) == WIDTHS[full]
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_depth_lists(depth: int) -> None:
+    space = CifarResNet(depth, "tas")
+    assert [space[space.depth_name(s)].options for s in range(3)] == [CIFAR_DEPTHS[depth]] * 3
+
+
+@pytest.mark.parametrize("depth", IMAGENET_DEPTHS)
+def test_depth_lists_of_imagenet(depth: int) -> None:
+    space = ImageNetResNet(depth, "tas")
+    assert [space[space.depth_name(s)].options for s in range(4)] == IMAGENET_DEPTHS[depth]
+
+
+@pytest.mark.parametrize("depth", LOGITS)
+def test_shapes_of_the_logits(depth: int) -> None:
+    alpha = Alpha(CifarResNet(depth, "tas"))
+    assert sorted(tuple(p.shape) for p in alpha.parameters()) == sorted(LOGITS[depth])
+    widths = alpha.logits["8"].detach()
+    assert float(widths.std()) == pytest.approx(0.01, rel=0.2) and abs(float(widths.mean())) < 0.003
+
+
+# -- 3: expected cost at alpha = beta = 0 -------------------------------------------------------------------------------
+
+
+@lru_cache
+def net(depth: int, classes: int = 10) -> ResNet:
+    return ResNet(CifarResNet(depth, "tas"), classes=classes)
+
+
+@lru_cache
+def table(depth: int, classes: int = 10, view: str = "derived", price: str = "macs") -> CostTable:
+    return CostTable(net(depth, classes), (32, 32), {"macs": macs, "params": params}[price], view)
+
+
+EXPECTED = [  # net, uniform widths, uniform depths, MFLOPs
+    (20, True, True, "10.8325"), (20, True, False, "16.5489"), (20, False, True, "26.6574"), (20, False, False, "40.8132"),
+    (32, True, True, "16.5489"), (32, True, False, "27.9816"), (32, False, True, "40.8132"), (32, False, False, "69.1247"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("depth, widths, depths, mflops", EXPECTED)
+def test_expected_cost_of_uniform_alphas(depth: int, widths: bool, depths: bool, mflops: str) -> None:
+    """The page rounds to four decimals; its estimator counts the classifier's products but no bias."""
+    costs, soft = table(depth, view="searched"), {}
+    for choice in costs.root.choices:
+        K = len(choice.options)
+        uniform = depths if choice.name.endswith("depth") else widths
+        soft[choice.name] = Mixture(choice.options, torch.full((K,), 1 / K)) if uniform else choice.options[-1]
+    assert f"{costs.expected(soft).item() / 1e6:.4f}" == mflops
+
+
+def test_the_expected_cost_of_fresh_alphas_is_near_uniform() -> None:
+    alpha = Alpha(table(20).root, std=0.0)
+    assert f"{table(20, view='searched').expected(alpha.soft()).item() / 1e6:.4f}" == "10.8325"
+
+
+# -- 4, 5: unpruned and shallow nets ------------------------------------------------------------------------------------
+
+UNPRUNED = [  # net, classes, conv MACs, M with fc and its bias, parameters
+    (20, 10, 40_812_544, "40.813194", 272_282), (32, 10, 69_124_096, "69.124746", 466_714),
+    (56, 10, 125_747_200, "125.747850", 855_578), (110, 10, 253_149_184, "253.149834", 1_730_522),
+    (32, 100, None, "69.130596", 472_564),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("depth, classes, conv, total, parameters", UNPRUNED)
+def test_unpruned_nets(depth: int, classes: int, conv: int | None, total: str, parameters: int) -> None:
+    """The page's total counts one more for each class, the bias of the classifier; ours does not."""
+    arch = table(depth, classes).root.largest()
+    found = table(depth, classes).of(arch)
+    assert conv is None or found == conv + 64 * classes
+    assert f"{(found + classes) / 1e6:.6f}" == total
+    assert table(depth, classes, price="params").of(arch) == parameters
+    assert table(depth, classes, "estimated").of(arch) == table(depth, classes, "searched").of(arch) == found
+
+
+@pytest.mark.parametrize("depth, parameters", [(20, 279_089), (32, 477_305)])
+def test_parameters_of_the_search_net(depth: int, parameters: int) -> None:
+    trained = [*net(depth).parameters(), *Alpha(table(depth).root).parameters()]
+    assert sum(p.numel() for p in trained) == parameters
+
+
+@pytest.mark.parametrize("view", ["derived", "estimated", "searched"])
+def test_depth_alone(view: str) -> None:
+    """One block a stage costs 12,500,992 in convolutions, each further one 4,718,592."""
+    costs = table(32, view=view)
+    for blocks in ((1, 1, 1), (3, 1, 1), (1, 5, 1), (1, 1, 3), (3, 5, 1), (5, 5, 5)):
+        arch = costs.root.largest() | {f"stage{s}.depth": d for s, d in enumerate(blocks)}
+        assert costs.of(arch) == 12_500_992 + 4_718_592 * (sum(blocks) - 3) + 640
+
+
+# -- 6: derived nets ----------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """A published config and its costs: ``est`` the file's field (M), ``conv`` and ``fc`` of the net that is built."""
+
+    depth: int
+    classes: int
+    blocks: tuple[int, int, int]
+    est: str
+    conv: int
+    fc: int
+    parameters: int
+    widths: str
+
+
 CONFIGS = {
-    "C010-ResNet20": (20, 10, (3, 3, 3), 22.444472, 22_444_472, 228_130,
+    "C010-ResNet20": Config(
+        20, 10, (3, 3, 3), "22.444472", 22_444_032, 440, 228_130,
         "16 6 4 4 4 4 4 32 32 12 19 32 28 64 64 64 64 64 44"),
-    "C010-ResNet32": (32, 10, (5, 5, 5), 34.945344, 34_945_344, 320_539,
+    "C010-ResNet32": Config(
+        32, 10, (5, 5, 5), "34.945344", 34_945_024, 320, 320_539,
         "16 6 4 12 4 4 16 9 9 6 14 32 32 9 19 28 9 32 19 32 9 64 64 64 64 64 64 64 32 38 32"),
-    "C100-ResNet32": (32, 100, (5, 5, 5), 42.468608, 42_468_608, 427_330,
+    "C100-ResNet32": Config(
+        32, 100, (5, 5, 5), "42.468608", 42_462_208, 6_400, 427_330,
         "16 4 4 6 11 6 4 8 4 4 4 32 32 9 28 28 28 28 28 32 32 64 64 64 64 64 64 64 64 64 64"),
-    "CIFAR010-TAS-R56": (56, 10, (5, 5, 5), 57.525950, 59_451_390, 441_494,
-        "16 16 16 14 14 14 16 12 16 6 16 4 4 4 14 4 4 6 4 32 32 32 32 32 32 22 25 16 32 19 9 9 16 25 12 16 9 "
-        "64 64 64 64 64 64 64 64 64 51 19 19 32 51 25 32 19 19"),
-    "C010-ResNet110": (110, 10, (11, 11, 9), 117.498238, 119_259_258, 795_864,
-        "16 14 16 14 16 16 16 16 16 14 16 16 16 12 16 16 16 9 16 8 16 4 16 4 4 4 16 4 4 4 4 6 6 4 6 11 4 "
-        "32 32 32 32 32 32 32 32 28 32 32 28 22 22 22 32 32 25 28 9 9 28 12 9 12 32 9 9 22 12 16 9 12 9 9 9 "
-        "64 64 64 64 64 64 64 64 64 64 64 64 64 64 64 38 64 25 19 19 19 19 19 25 32 19 19 25 25 19 19 38 38 19 19 51"),
+    "CIFAR010-TAS-R56": Config(
+        56, 10, (5, 5, 5), "57.525950", 59_450_880, 510, 441_494,
+        "16 16 16 14 14 14 16 12 16 6 16 4 4 4 14 4 4 6 4 32 32 32 32 32 32 22 25 16 32 19 9 9 16 25 12 16 9 64 64 64 64 64 "
+        "64 64 64 64 51 19 19 32 51 25 32 19 19"),
+    "C010-ResNet110": Config(
+        110, 10, (11, 11, 9), "117.498238", 119_259_008, 250, 795_864,
+        "16 14 16 14 16 16 16 16 16 14 16 16 16 12 16 16 16 9 16 8 16 4 16 4 4 4 16 4 4 4 4 6 6 4 6 11 4 32 32 32 32 32 32 "
+        "32 32 28 32 32 28 22 22 22 32 32 25 28 9 9 28 12 9 12 32 9 9 22 12 16 9 12 9 9 9 64 64 64 64 64 64 64 64 64 64 64 "
+        "64 64 64 64 38 64 25 19 19 19 19 19 25 32 19 19 25 25 19 19 38 38 19 19 51"),
 }  # fmt: skip
 
 
-@cache
-def supernet(depth: int, classes: int) -> ResNet:
-    return ResNet(CifarResNet(depth, kind="tas"), classes=classes)
-
-
-@cache
-def table(depth: int, classes: int) -> CostTable:
-    return CostTable(supernet(depth, classes), (32, 32))
-
-
-def arch_of(space: CifarResNet, channels: str, kept: tuple[int, ...]) -> Arch:
-    """A released configuration: the stem, then two widths for every block of the full net, and the blocks kept."""
-    widths = iter(map(int, channels.split()))
+def arch_of(config: Config) -> Arch:
+    """A config without its leading 3: the stem, then two widths for each block of the full net."""
+    widths = iter(map(int, config.widths.split()))
     arch: Arch = {"stem.width": next(widths)}
-    for s, (stage, depth) in enumerate(zip(space.stages, kept)):
-        arch[f"stage{s}.depth"] = depth
-        for b in range(stage.blocks):
-            for c in range(2):
-                arch[f"stage{s}.block{b}.conv{c}.width"] = next(widths)
+    for s in range(3):
+        arch[f"stage{s}.depth"] = config.blocks[s]
+        for b in range((config.depth - 2) // 6):
+            arch |= {f"stage{s}.block{b}.conv{c}.width": next(widths) for c in range(2)}
     assert next(widths, None) is None
     return arch
 
 
-def test_width_and_depth_lists() -> None:
-    space = ImageNetResNet(50, kind="tas")
-    found = {max(choice.options): choice.options for choice in space.choices if choice.name.endswith("width")}
-    found |= {max(c.options): c.options for c in CifarResNet(20, kind="tas").choices if c.name.endswith("width")}
-    assert found == {full: tuple(map(int, listed.split())) for full, listed in WIDTHS.items()}
-    assert {d: CifarResNet(d, kind="tas")["stage0.depth"].options for d in DEPTHS} == DEPTHS
-    assert [space[f"stage{s}.depth"].options for s in range(4)] == [(1, 2, 3), (1, 2, 4), (2, 4, 6), (1, 2, 3)]
-    assert [ImageNetResNet(18, kind="tas")[f"stage{s}.depth"].options for s in range(4)] == [(1, 2)] * 4
+@pytest.fixture(params=list(CONFIGS.values()), ids=list(CONFIGS))
+def config(request: pytest.FixtureRequest) -> Config:
+    return request.param
 
 
-@pytest.mark.parametrize("net", UNPRUNED)
-def test_unpruned_networks(net: tuple[int, int]) -> None:
-    conv, parameters, searched = UNPRUNED[net]
-    full = supernet(*net).space.largest()
-    features = 64
-    assert table(*net).of(full) == conv + features * net[1]  # the page's own total adds the bias: + classes
-    assert table(*net).priced(params).of(full) == parameters
-    if searched:
-        alpha = Alpha(supernet(*net).space)
-        count = sum(p.numel() for module in (supernet(*net), alpha) for p in module.parameters())
-        assert count == searched
+def test_predicted_costs_of_published_nets(config: Config) -> None:
+    arch, total = arch_of(config), config.conv + config.fc
+    table(config.depth).root.check(arch)
+    assert table(config.depth, config.classes).of(arch) == total
+    assert table(config.depth, config.classes, price="params").of(arch) == config.parameters
+    assert f"{table(config.depth, config.classes, 'estimated').of(arch) / 1e6:.6f}" == config.est
+    codes = table(config.depth).root.encode([arch])
+    assert table(config.depth, config.classes).batch(codes).tolist() == [total]
+    assert f"{table(config.depth, config.classes, 'estimated').batch(codes)[0] / 1e6:.6f}" == config.est
 
 
-@pytest.mark.parametrize(("depth", "shapes"), [(20, [(19, 8), (3, 3)]), (32, [(31, 8), (3, 3)]), (56, [(55, 8), (3, 5)]),
-                                               (110, [(109, 8), (3, 10)])])  # fmt: skip
-def test_logit_shapes(depth: int, shapes: list[tuple[int, int]]) -> None:
-    alpha = Alpha(CifarResNet(depth, kind="tas"))
-    assert sorted(tuple(p.shape) for p in alpha.parameters()) == sorted(shapes)
+def test_counted_costs_of_published_nets(config: Config) -> None:
+    """Counted by torch on the network that is built; its parameters are what an optimizer would get."""
+    example = torch.zeros(1, 3, 32, 32)
+    graph = extract(net(config.depth, config.classes), arch_of(config), example, inherit=False)
+    assert counted(graph, example) == (config.conv + config.fc, config.parameters)
 
 
-@pytest.mark.parametrize("depth", EXPECTED)
-def test_expected_cost_at_uniform_alpha(depth: int) -> None:
-    costs, space = table(depth, 10).seen("searched"), supernet(depth, 10).space
-    full = space.largest()
-    uniform = {c.name: Mixture(c.options, torch.full((len(c.options),), 1 / len(c.options))) for c in space.choices}
-    found = []
-    for widths, depths in ((True, True), (True, False), (False, True), (False, False)):
-        soft = {n: uniform[n] if (depths if n.endswith("depth") else widths) else full[n] for n in full}
-        found.append(round(float(costs.expected(soft)) / 1e6, 4))
-    assert tuple(found) == EXPECTED[depth]
+def test_the_estimate_is_below_the_truth_where_depth_is_pruned() -> None:
+    """The removed last block's width is read: C010-ResNet110 writes 4 for stage 0 and 9 for stage 1."""
+    config = CONFIGS["C010-ResNet110"]
+    arch, costs = arch_of(config), table(110, view="estimated")
+    assert (arch["stage0.block17.conv1.width"], arch["stage1.block17.conv1.width"]) == (4, 9)
+    kept = arch | {f"stage{s}.block17.conv1.width": arch[f"stage{s}.block{n - 1}.conv1.width"]
+                   for s, n in enumerate(config.blocks)}
+    assert costs.of(arch) < costs.of(kept) == table(110).of(arch) == table(110).of(kept)
 
 
-def test_depth_only() -> None:
-    space = supernet(20, 10).space
-    for kept in ((1, 1, 1), (2, 1, 1), (1, 3, 2), (3, 3, 3)):
-        arch = space.largest() | {f"stage{s}.depth": d for s, d in enumerate(kept)}
-        assert table(20, 10).of(arch) - 640 == 12_500_992 + 4_718_592 * (sum(kept) - 3)
+def test_any_integer_width_and_depth_can_be_counted() -> None:
+    """Some published files leave the lists of section 2."""
+    arch = table(32).root.largest() | {"stage0.depth": 2, "stage1.depth": 4, "stage1.block0.conv0.width": 13, "stem.width": 21}
+    example = torch.zeros(1, 3, 32, 32)
+    graph = extract(net(32), arch, example, inherit=False)
+    assert counted(graph, example) == (table(32).of(arch), table(32, price="params").of(arch))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_released_configurations(name: str) -> None:
-    depth, classes, kept, estimate, true, parameters, channels = CONFIGS[name]
-    net, costs = supernet(depth, classes), table(depth, classes)
-    arch = arch_of(net.space, channels, kept)
-    assert costs.of(arch) == true
-    assert costs.of(net.space.canonical(arch)) == true  # what a removed block says is inert
-    assert costs.priced(params).of(arch) == parameters
-    assert round(costs.seen("estimated").of(arch) / 1e6, 6) == estimate
-    plain = extract(net, arch, torch.zeros(1, 3, 32, 32), inherit=False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        plain.eval()(torch.zeros(1, 3, 32, 32))
-    assert counter.get_total_flops() == 2 * true
-    assert sum(p.numel() for p in plain.parameters()) == parameters
+# -- gradients of (10)-(13) ---------------------------------------------------------------------------------------------
 
 
-class Small(SearchSpace):
-    """Two widths and a depth; the second layer is there at depth 2 only."""
+def page_estimate(p: dict[str, Tensor], q: list[Tensor]) -> Tensor:
+    """(10)-(13) word for word for the C10 ResNet-20: ``p`` widths' probabilities by name, ``q`` depths' by stage."""
+    lists = {16: [4, 6, 8, 9, 11, 12, 14, 16], 32: [9, 12, 16, 19, 22, 25, 28, 32], 64: [19, 25, 32, 38, 44, 51, 57, 64]}
 
-    def __init__(self) -> None:
-        super().__init__([Choice("a", (2, 3, 5)), Choice("b", (1, 4)), Choice("d", (1, 2))], {})
+    def mean(name: str, full: int) -> Tensor:
+        return (p[name] * torch.tensor(lists[full], dtype=torch.float64)).sum()
 
-
-class SmallNet:
-    def __init__(self) -> None:
-        self.space = Small()
-
-    def layers(self, input_size: tuple[int, int], view: str = "derived") -> list[Layer]:
-        return [
-            Layer("one", "conv", ("a",), lambda a: Shape(3, a, (3, 3), hw=input_size)),
-            Layer("two", "conv", ("b", "a", "d"), lambda b, a, d: Shape(a, b, hw=input_size) if d > 1 else None),
-            Layer("head", "linear", ("a",), lambda a: Shape(a, 10, bias=True)),
-        ]
-
-
-def enumerated(costs: CostTable, soft: dict) -> float:
-    """sum over all architectures of probability times cost, by brute force."""
-    total = 0.0
-    names = [c.name for c in costs.root.choices]
-    rows = [[(setting, 1.0)] if not isinstance(setting, Mixture) else list(zip(setting.options, setting.weights.tolist()))
-            for setting in (soft[name] for name in names)]  # fmt: skip
-    for index in np.ndindex(*(len(row) for row in rows)):
-        picked = [row[i] for row, i in zip(rows, index)]
-        total += float(np.prod([p for _, p in picked])) * costs.of(dict(zip(names, (v for v, _ in picked))))
-    return total
+    c = mean("stem.width", 16)
+    E = 9 * 32 * 32 * 3 * c
+    for s, (full, hw) in enumerate(((16, 32), (32, 16), (64, 8))):
+        for b in range(3):
+            kept = q[s][b:].sum()  # (12)
+            c0, c1 = (mean(f"stage{s}.block{b}.conv{i}.width", full) for i in range(2))
+            block = 9 * hw * hw * (c * c0 + c0 * c1)
+            if b == 0 and s > 0:
+                block = block + hw * hw * c * c1  # the shortcut, after its pool
+            E, c = E + kept * block, c1
+    return E + c * 10
 
 
-def small_supernet(kind: str) -> ResNet:
-    """One block a stage, each choice cut to few options, so that everything can be enumerated."""
-    return ResNet(CifarResNet(8, kind=kind, widths=(8, 12, 16)), classes=4)
-
-
-@pytest.mark.parametrize("kind", ["tied", "tas"])
-@pytest.mark.parametrize("view", ["derived", "searched", "estimated"])
-@pytest.mark.parametrize("options", ["two", "all"])
-def test_expected_equals_enumeration(kind: str, view: str, options: str) -> None:
-    costs = CostTable(small_supernet(kind), (8, 8), view=view)
-    rng = random.Random(0)
-    g = torch.Generator().manual_seed(0)
-    soft: dict = {}
-    open_choices = set(rng.sample([c.name for c in costs.root.choices if len(c.options) > 1], 4 if options == "all" else 6))
+def test_the_estimator_is_the_pages() -> None:
+    """Values and gradients at random probabilities, against (10)-(13)."""
+    costs, generator = table(20, view="searched"), torch.Generator().manual_seed(3)
+    soft: dict[str, Setting] = {}
+    leaves: dict[str, Tensor] = {}
     for choice in costs.root.choices:
-        if choice.name not in open_choices:
-            soft[choice.name] = rng.choice(choice.options)
-            continue
-        picked = choice.options if options == "all" else tuple(sorted(rng.sample(choice.options, 2)))
-        soft[choice.name] = Mixture(picked, torch.softmax(torch.randn(len(picked), generator=g).double(), 0))
-    assert float(costs.expected(soft)) == pytest.approx(enumerated(costs, soft), rel=1e-12)
+        logits = torch.randn(len(choice.options), generator=generator, dtype=torch.float64)
+        leaves[choice.name] = torch.softmax(logits, 0).requires_grad_()
+        soft[choice.name] = Mixture(choice.options, leaves[choice.name])
+    found = costs.expected(soft)
+    expected = page_estimate(leaves, [leaves[f"stage{s}.depth"] for s in range(3)])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    names = list(leaves)
 
+    def reduced(E: Tensor) -> list[float]:
+        """Gradients in the simplex: less each choice's mean, since probabilities add to 1."""
+        grads = torch.autograd.grad(E, [leaves[name] for name in names])
+        return np.concatenate([(g - g.mean()).numpy() for g in grads]).tolist()
 
-def test_expected_of_tied_choices_draws_them_together() -> None:
-    costs = CostTable(SmallNet(), (4, 4))
-    space = costs.root.tie("b", "a", {2: 1, 3: 4, 5: 4})
-    p = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    soft = {"a": Mixture((2, 3, 5), p), "d": Mixture((1, 2), torch.tensor([0.25, 0.75], dtype=torch.float64))}
-    by_hand = sum(
-        float(pa) * pd * costs.of({"a": a, "b": space.ties["b"].values[a], "d": d})
-        for a, pa in zip((2, 3, 5), p) for d, pd in ((1, 0.25), (2, 0.75))
-    )  # fmt: skip
-    assert float(costs.expected(soft, space)) == pytest.approx(by_hand, rel=1e-12)
-
-
-def test_expected_is_differentiable() -> None:
-    costs = CostTable(SmallNet(), (4, 4))
-    logits = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (3, 2, 2)]
-    names = [("a", (2, 3, 5)), ("b", (1, 4)), ("d", (1, 2))]
-    assert torch.autograd.gradcheck(
-        lambda *z: costs.expected({n: Mixture(o, torch.softmax(x, 0)) for (n, o), x in zip(names, z)}), logits
-    )
-
-
-@pytest.mark.parametrize("kind", ["tied", "tas"])
-@pytest.mark.parametrize("view", ["derived", "estimated"])
-def test_batch_equals_one_by_one(kind: str, view: str) -> None:
-    net = ResNet(CifarResNet(20, kind=kind), classes=10)
-    for price in (None, params):
-        costs = CostTable(net, (32, 32), view=view) if price is None else CostTable(net, (32, 32), price, view)
-        codes = net.space.random_codes(np.random.default_rng(0), 300)
-        assert costs.batch(codes).tolist() == [costs.of(arch) for arch in net.space.decode(codes)]
-        raw = np.random.default_rng(1).integers(0, [len(c.options) for c in net.space.choices], size=(50, codes.shape[1]))
-        assert costs.batch(raw).tolist() == [costs.of(arch) for arch in net.space.decode(raw)]
-    with pytest.raises(ValueError, match="this space needs"):
-        costs.batch(codes[:, :-1])
-
-
-def test_values_off_the_lists_are_counted() -> None:
-    costs = CostTable(SmallNet(), (4, 4))
-    assert costs.of({"a": 7, "b": 6, "d": 2}) == 3 * 7 * 9 * 16 + 7 * 6 * 16 + 70
-    assert costs.priced(activations).of({"a": 7, "b": 6, "d": 1}) == 7 * 16 + 10
-    assert costs.priced(params).of({"a": 7, "b": 6, "d": 2}) == 3 * 7 * 9 + 42 + 80
-
-
-def test_budgets() -> None:
-    costs, space = table(20, 10), supernet(20, 10).space
-    assert budget("55%", costs, space) == pytest.approx(0.55 * 40_813_184)
-    assert budget(2e7, costs, space) == 2e7
-    with pytest.raises(ValueError, match=r"target = 1% .* Smallest cost: 1,001,854 .*largest: 40,813,184"):
-        budget("1%", costs, space)
-    with pytest.raises(ValueError, match=r"'much' is not a budget\. Allowed: a share such as 55%"):
-        budget("much", costs, space)
+    assert reduced(found) == pytest.approx(reduced(expected), rel=1e-9, abs=1e-3)
