@@ -8,6 +8,8 @@ import re
 
 from jsonargparse import SUPPRESS, ArgumentParser
 
+from nas import protocols
+
 CLASS = "Give the import path of a class (module.Class), or class_path and init_args."
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list, such as [a, b]",
          "dict": "keys and values, such as {key: value}", "NoneType": "null"}  # fmt: skip
@@ -32,7 +34,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
         (r"Expected a dot import path string: (\S+)", lambda m: f"{where} = {m.group(1)} is not a class. {CLASS}"),
         (r"Import path (\S+) does not correspond to a subclass of (\w+)",
          lambda m: f"{where} = {m.group(1)} is not a {m.group(2)}. {CLASS}"),
-        (r"Does not implement protocol (\w+)", lambda m: f"{where} = {path or value} is not a {m.group(1)}. {CLASS}"),
+        (r"Does not implement protocol (\w+)", lambda m: f"{where} = {_not_a(m.group(1), text, value)}"),
         (r"the following arguments are required: (.+?)(?: - Expected|$)",
          lambda m: f"{where or parser.prog}: {path + ' needs ' if path else 'missing: '}{m.group(1)}. Give it"
                    f"{' in init_args, or as --' + where + '.KEY VALUE' if path else ''}."),
@@ -68,6 +70,22 @@ def _no_class(module: str, name: str) -> str:
            if isinstance(kind, type) and kind.__module__ == module]  # fmt: skip
     near = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
     return f"{module} has no class {name}." + (f" Nearest: {module}.{near[0]}." if near else f" {CLASS}")
+
+
+def _not_a(name: str, text: str, value: str) -> str:
+    """Why the class named in ``text`` is no ``name`` of nas.protocols: methods that it lacks or declares otherwise."""
+    found = re.search(r"'class_path': '([\w.]+)\.(\w+)'", text) or re.match(r"([\w.]+)\.(\w+)$", value)
+    if not found:
+        return f"{value} is not a {name}. {CLASS}"
+    kind, wanted = getattr(importlib.import_module(found.group(1)), found.group(2)), getattr(protocols, name)
+    methods = {key: inspect.signature(method) for key, method in vars(wanted).items() if inspect.isfunction(method) and key[0] != "_"}
+    lacks = [key for key in methods if not hasattr(kind, key)]
+    start = f"{found.group(1)}.{found.group(2)} is not a {name}:"
+    if lacks:
+        return f"{start} it lacks {', '.join(lacks)}. See nas/protocols.py."
+    other = [key for key, signature in methods.items() if inspect.signature(getattr(kind, key)) != signature]
+    declared = ", ".join(f"{key}{methods[key]}" for key in other).replace("'", "")
+    return f"{start} as in nas/protocols.py, annotations included, it must declare {declared}."
 
 
 def keys_of(parser: ArgumentParser) -> list[str]:

@@ -150,7 +150,7 @@ def option(args: list[str], name: str) -> str | None:
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """What a run computes, as plain data: everything but ``RUN_KEYS``."""
-    content = yaml.safe_load(parser.dump(config, skip_validation=True))
+    content = yaml.safe_load(parser.dump(config, skip_validation=True, skip_unset=False))
     return {key: value for key, value in content.items() if key not in RUN_KEYS}
 
 

@@ -79,6 +79,8 @@ class Run:
         self.fitted: _Fitted | None = None
         if ranks.main:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for torn in self.checkpoints.glob("*.pt.*.tmp"):  # what a kill left half-written
+                torn.unlink()
             _describe(self.folder, self.config, self.device)
         self.log: RunLogs = (
             RunLog(self.folder, period=period, start=self.start, world=ranks.world) if ranks.main else Silent()

@@ -5,6 +5,7 @@ inherits threads.
 """
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ def _arm(at: At) -> None:
         os.kill(os.getpid(), at.number)
 
     for kind in (TAS, Plain):
+        @functools.wraps(kind.update)  # recipes are checked against the signature
         def update(self: Any, *given: Any, whole: Any = kind.update) -> Any:
             if reach("update"):
                 fire()

@@ -294,3 +294,27 @@ def test_a_run_that_fails_later_keeps_what_it_has(given: Given, monkeypatch: pyt
     result = nas(*SEARCH, "--out", "run")
     assert result.code == 2 and result.errors == ["nas search: No space left on device"]
     assert checkpoint.load(Path("run/checkpoints"))[0]["step"] == 6
+
+
+OWN = """
+from nas.strategies.tas import TAS
+class Lacks:
+    def start(self, setup): ...
+    def update(self, draw, now): ...
+    def arch(self, now): ...
+class Bare(TAS):
+    def update(self, draw, now): ...
+"""
+
+
+@pytest.mark.parametrize(("name", "fragments"), [
+    ("Lacks", ["own_strategies.Lacks is not a Strategy: it lacks probabilities, architecture, fits, network."]),
+    ("Bare", ["own_strategies.Bare is not a Strategy: ", "it must declare update(self, draw: Draw, now: Moment) -> Metrics."]),
+])  # fmt: skip
+def test_a_strategy_of_your_own_that_is_none(name: str, fragments: list[str], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "own_strategies.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = nas(*SEARCH, "--strategy", f"own_strategies.{name}", "--out", tmp_path / "run")
+    assert result.code == 2 and len(result.errors) == 1
+    assert [text for text in fragments if text not in result.errors[0]] == [], result.errors[0]

@@ -219,6 +219,15 @@ def test_what_is_forbidden_is_never_drawn_over_many_draws() -> None:
     assert met == {("a.width", 6), ("a.width", 8), ("a.width", 10), ("c.width", 4), ("c.width", 6), ("c.width", 10)}
 
 
+def test_a_starved_row_gives_no_forbidden_option_either() -> None:
+    """Where the second candidate is drawn by the 1e-7 alone, what is forbidden has not even that."""
+    alpha = alphas(SearchSpace([Choice("a.width", (4, 6, 8, 10))], {}).restrict({"a.width": [4, 8, 10]}))
+    with torch.no_grad():
+        alpha.logits["4"].copy_(torch.tensor([[3000.0, 0.0, 0.0, 0.0]]))
+    pairs = {mixture(alpha.gumbel(0.1, noise(seed), count=2)["a.width"]).options for seed in range(30)}
+    assert pairs == {(4, 8), (4, 10)}
+
+
 def test_fewer_allowed_than_candidates_are_all_taken() -> None:
     found = alphas(space().restrict({"a.width": [4, 8]})).gumbel(0.7, noise(), count=3)
     two, three = mixture(found["a.width"]), mixture(found["c.width"])

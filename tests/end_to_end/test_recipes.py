@@ -1,0 +1,69 @@
+"""Every shipped recipe parses, its space, supernet and strategy can be built, and its budgets can be met."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli import SEARCH, ok
+
+from nas.build import restricted
+from nas.commands.retrain import base_of
+from nas.cost import CostTable, budget
+from nas.recipe import SHIPPED, build, find, option, parse, plain_config, read, retrain_parser, search_parser
+from nas.strategies.plain import Plain
+from nas.strategies.tas import TAS
+
+RECIPES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100), "folder": ((3, 224, 224), 1000)}
+
+
+def test_all_recipes_are_found() -> None:
+    assert {"tas-digits", "tas-resnet20-cifar10"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
+    recipe = read(find(name))
+    config = parse(search_parser(), recipe, [])
+    shape, classes = IMAGES[config.data.name]
+    space = restricted(build(config.space), config.restrict)
+    with torch.device("meta"):  # no memory and no numbers: only costs are read
+        net = build(config.supernet, space=space, channels=shape[0], classes=classes)
+    strategy = build(config.strategy)
+    assert isinstance(strategy, TAS)
+    costs = CostTable(net, shape[1:])
+    target = budget(strategy.target, costs, space)
+    assert costs.of(space.smallest()) < target < costs.of(space.largest())
+    retraining = parse(retrain_parser(), base_of(recipe), [])
+    assert 0 <= retraining.plain.warmup_epochs < retraining.epochs
+    assert isinstance(Plain(**retraining.plain.as_dict()), Plain)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_runs_config_reads_back_as_itself(name: str) -> None:
+    parser = search_parser()
+    once = plain_config(parser, parse(parser, read(find(name)), ["--data.limit", "500", "--strategy.clip", "null"]))
+    text = yaml.safe_dump(once, sort_keys=False)
+    assert plain_config(parser, parse(parser, yaml.safe_load(text), [])) == once
+    assert once["data"]["limit"] == 500 and once["strategy"]["init_args"]["clip"] is None  # null is said, not left out
+    assert not {"out", "resume", "device", "dry_run", "max_time", "json"} & set(once)
+
+
+def test_overrides_win_whatever_their_spelling() -> None:
+    for words in (["--log-every", "3"], ["--log_every=3"], ["--log_every", "3"]):
+        assert parse(search_parser(), {"log_every": 7}, words).log_every == 3
+    args = ["--a", "1", "--recipe=x", "--b"]
+    assert option(args, "--recipe") == "x" and args == ["--a", "1", "--b"]
+    assert option(args, "--a") == "1" and args == ["--b"] and option(args, "--c") is None
+
+
+def test_a_recipe_may_be_named_by_config_too(tmp_path: Path) -> None:
+    for words in (["--config", "tas-digits"], ["--config=tas-digits"]):
+        assert ok("search", *words, *SEARCH[2:], "--print_config").out == ok(*SEARCH, "--print_config").out
+
+
+def test_help_names_the_options() -> None:
+    for verb in ("spaces", "search", "extract", "retrain", "evaluate", "predict", "monitor"):
+        assert f"nas {verb}" in ok(verb, "--help").out
