@@ -33,8 +33,10 @@ def explain(message: str, parser: ArgumentParser) -> str:
         (r"No module named '([^']+)'", lambda m: f"{where} = {path}: there is no module {m.group(1)}. {CLASS}"),
         (r"Expected a dot import path string: (\S+)", lambda m: f"{where} = {m.group(1)} is not a class. {CLASS}"),
         (r"Import path (\S+) does not correspond to a subclass of (\w+)",
-         lambda m: f"{where} = {m.group(1)} is not a {m.group(2)}. {CLASS}"),
-        (r"Does not implement protocol (\w+)", lambda m: f"{where} = {_not_a(m.group(1), text, value)}"),
+         lambda m: f"{where} = {_not_a(m.group(2), m.group(1))}"),
+        (r"[Dd]oes not implement protocol (\w+).*(?:'class_path': '|Given value: )(\w+(?:\.\w+)+)",
+         lambda m: f"{where} = {_not_a(m.group(1), m.group(2))}"),
+        (r"[Dd]oes not implement protocol (\w+)", lambda m: f"{where} = {value} is not a {m.group(1)}. {CLASS}"),
         (r"the following arguments are required: (.+?)(?: - Expected|$)",
          lambda m: f"{where or parser.prog}: {path + ' needs ' if path else 'missing: '}{m.group(1)}. Give it"
                    f"{' in init_args, or as --' + where + '.KEY VALUE' if path else ''}."),
@@ -72,20 +74,20 @@ def _no_class(module: str, name: str) -> str:
     return f"{module} has no class {name}." + (f" Nearest: {module}.{near[0]}." if near else f" {CLASS}")
 
 
-def _not_a(name: str, text: str, value: str) -> str:
-    """Why the class named in ``text`` is no ``name`` of nas.protocols: methods that it lacks or declares otherwise."""
-    found = re.search(r"'class_path': '([\w.]+)\.(\w+)'", text) or re.match(r"([\w.]+)\.(\w+)$", value)
-    if not found:
-        return f"{value} is not a {name}. {CLASS}"
-    kind, wanted = getattr(importlib.import_module(found.group(1)), found.group(2)), getattr(protocols, name)
-    methods = {key: inspect.signature(method) for key, method in vars(wanted).items() if inspect.isfunction(method) and key[0] != "_"}
+def _not_a(name: str, path: str) -> str:
+    """Why the class at ``path`` is no ``name``: of a protocol, the methods that it lacks or declares otherwise."""
+    module, _, own = path.rpartition(".")
+    kind, wanted = getattr(importlib.import_module(module), own), vars(protocols).get(name)
+    if wanted is None:
+        return f"{path} is not a {name}. {CLASS}"
+    methods = {key: inspect.signature(method) for key, method in vars(wanted).items()
+               if inspect.isfunction(method) and not key.startswith("_")}  # fmt: skip
     lacks = [key for key in methods if not hasattr(kind, key)]
-    start = f"{found.group(1)}.{found.group(2)} is not a {name}:"
     if lacks:
-        return f"{start} it lacks {', '.join(lacks)}. See nas/protocols.py."
+        return f"{path} is not a {name}: it lacks {', '.join(lacks)}. See nas/protocols.py."
     other = [key for key, signature in methods.items() if inspect.signature(getattr(kind, key)) != signature]
     declared = ", ".join(f"{key}{methods[key]}" for key in other).replace("'", "")
-    return f"{start} as in nas/protocols.py, annotations included, it must declare {declared}."
+    return f"{path} is not a {name}: as in nas/protocols.py, annotations included, it must declare {declared}."
 
 
 def keys_of(parser: ArgumentParser) -> list[str]:

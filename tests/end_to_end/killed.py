@@ -20,7 +20,7 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 class At(NamedTuple):
-    """The signal ``number`` when ``place`` is reached for the ``count``-th time (from 1).
+    """The signal ``number`` when ``place`` is reached for the ``nth`` time (from 1).
 
     Places: "update": a step begins. "written": a checkpoint is in its temporary file. "moved": the former one is
     previous.pt, and there is no last.pt. "line": half a line of metrics is written.
@@ -28,7 +28,7 @@ class At(NamedTuple):
 
     number: int
     place: str
-    count: int
+    nth: int
 
 
 def run(argv: Sequence[str | Path], at: At, log: Path) -> int:
@@ -67,7 +67,7 @@ def _arm(at: At) -> None:
         """Counts; says whether this is the time."""
         nonlocal reached
         reached += place == at.place
-        return place == at.place and reached == at.count
+        return place == at.place and reached == at.nth
 
     def fire() -> None:
         os.kill(os.getpid(), at.number)
@@ -79,7 +79,7 @@ def _arm(at: At) -> None:
                 fire()
             return whole(self, *given)
 
-        kind.update = update  # type: ignore[method-assign]
+        kind.update = update  # type: ignore[method-assign, assignment]
 
     replace, write_line = os.replace, nas.log._write_line
 
@@ -97,5 +97,5 @@ def _arm(at: At) -> None:
             fire()
         write_line(file, row)
 
-    checkpoint.os.replace = moving
+    checkpoint.os.replace = moving  # type: ignore[assignment]
     nas.log._write_line = writing

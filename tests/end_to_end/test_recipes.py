@@ -16,7 +16,8 @@ from nas.strategies.plain import Plain
 from nas.strategies.tas import TAS
 
 RECIPES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100), "folder": ((3, 224, 224), 1000)}
+IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
+          "folder": ((3, 224, 224), 1000)}  # fmt: skip
 
 
 def test_all_recipes_are_found() -> None:

@@ -49,7 +49,9 @@ def test_a_search_killed_three_times_ends_like_an_unbroken_one(tied: Path, tmp_p
     assert not (tmp_path / "run-2").exists()
 
 
-@pytest.mark.parametrize("at", [At(KILL, "written", 2), At(KILL, "moved", 1), At(KILL, "line", 2)], ids=lambda at: at.place)
+@pytest.mark.parametrize("at", [
+    pytest.param(At(KILL, "written", 2), marks=pytest.mark.slow), At(KILL, "moved", 1), At(KILL, "line", 2)],
+    ids=lambda at: at.place)  # fmt: skip
 def test_a_kill_in_the_middle_of_a_file(at: At, tied: Path, tmp_path: Path) -> None:
     words = (*SEARCH, "--out", tmp_path / "run", "--resume", "auto")
     assert run(words, at, tmp_path / "log") == -KILL
@@ -91,6 +93,7 @@ def test_signals_save_first(number: int, code: int, tied: Path, tmp_path: Path) 
     assert ended["metrics"] == whole["metrics"] and ended["arch.json"] == whole["arch.json"]
 
 
+@pytest.mark.slow
 def test_signals_save_a_retraining_too(bundle: Path, retrained: Path, tmp_path: Path) -> None:
     words = ("retrain", bundle, *RETRAIN, "--out", tmp_path / "run", "--resume", "auto")
     assert run(words, At(TERM, "update", 5), tmp_path / "log") == 143
