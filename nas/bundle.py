@@ -113,6 +113,7 @@ def write_bundle(
         weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                    for key, value in graph.state_dict().items()}
         save_file(weights, part / "model.safetensors", {"format": FORMAT, "version": str(VERSION)})
+        (part / "model.safetensors").chmod((part / "model.py").stat().st_mode)  # the library writes it for its owner alone
         figures = dict(report)
         if onnx:
             figures["onnx"] = {"logits_max_difference": write_onnx(part / "model.onnx", graph, example)}

@@ -76,7 +76,10 @@ class RunLog:
         cut(folder, start)
         self.metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the run; see close)
         self.system = open(folder / SYSTEM, "a", encoding="utf-8")  # noqa: SIM115
-        self.writer = SummaryWriter(str(folder), purge_step=start if start else None)
+        again = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+        while again and int(time.time()) <= max(again):  # TensorBoard reads event files by the second in their names
+            time.sleep(0.05)
+        self.writer = SummaryWriter(str(folder), purge_step=start if again else None)
         self.clock, self.images, self.waited = time.perf_counter(), 0, 0.0
 
     def __call__(self, now: Moment, metrics: Metrics) -> None:

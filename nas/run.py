@@ -43,6 +43,14 @@ class _Fitted(NamedTuple):
     keep: Mapping[str, Stateful]
 
 
+def explicit(out: str, resume: str) -> Path:
+    """``--out`` as given: ValueError where it is in use and the run is not to be resumed."""
+    folder = Path(out)
+    if resume == "never" and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another --out, empty it, or go on in it with --resume auto.")
+    return folder
+
+
 class Run:
     """The folder of one run. ``resume``: "auto" continues the newest of ``out``, ``out``-2, ... that has a checkpoint;
     "never", or nothing to continue: ``out``, or the first ``out``-2, ``out``-3, ... that is free.
@@ -65,7 +73,7 @@ class Run:
             raise ValueError(f"resume = {resume!r}. Allowed: 'auto', 'never'.")
         self.config = json.loads(json.dumps(config))  # plain data only, as it will be read back
         self.device, self.ranks = torch.device(device), ranks
-        self.folder = Path(share(str(_choose(Path(out), resume) if ranks.main else "")))
+        self.folder = Path(share(str(_choose(Path(out), resume, self.config) if ranks.main else "")))
         self.made = not self.folder.exists()
         self.checkpoints = self.folder / "checkpoints"
         self.loaded: dict[str, Any] | None = None
@@ -210,16 +218,28 @@ def _has_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints" / name).exists() for name in ("last.pt", "previous.pt"))
 
 
-def _choose(out: Path, resume: str) -> Path:
-    """The folder to continue in, or the first that is absent or empty."""
+def _choose(out: Path, resume: str, config: Mapping[str, Any]) -> Path:
+    """The folder to continue in (or to begin again, where the same run died before its first checkpoint), or the first
+    that is absent or empty."""
     taken: list[Path] = []
     folder = out
     while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         taken.append(folder)
         folder = out.with_name(f"{out.name}-{len(taken) + 1}")
     if resume == "auto":
-        return next((old for old in reversed(taken) if _has_checkpoint(old)), folder)
+        return next((old for old in reversed(taken) if _has_checkpoint(old) or _barely_begun(old, config)), folder)
     return folder
+
+
+def _barely_begun(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of the same ``config`` was killed here before it saved anything."""
+    if (folder / "checkpoints" / "failed.pt").exists() or not (folder / "config.yaml").is_file():
+        return False
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):  # torn by the kill
+        return False
+    return isinstance(stored, dict) and checkpoint.config_hash(stored) == checkpoint.config_hash(config)
 
 
 def _describe(folder: Path, config: Mapping[str, Any], device: torch.device) -> None:

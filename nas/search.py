@@ -135,7 +135,8 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
     chosen = last
     if not last["fits"]:
         if best is None:
-            _log.warning("no derived architecture met the budget: arch.json misses it. Train longer, or raise cost_weight.")
+            _log.warning("no derived architecture came within the tolerance of the budget: arch.json misses it. "
+                         "Train longer, or raise alpha_lr.")
         else:
             _log.warning("the last architecture misses the budget: arch.json holds the best one that meets it")
             chosen = best

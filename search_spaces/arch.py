@@ -132,10 +132,11 @@ def _same_space(file: ArchFile, space: SearchSpace) -> None:
     wanted = file.space
     if (wanted["name"], wanted["args"]) != (space.name, space.args):
         raise ValueError(f"arch.json is for space {_called(wanted['name'], wanted['args'])}, "
-                         f"this run has {_called(space.name, space.args)}.")
+                         f"here it is {_called(space.name, space.args)}.")
     if wanted["hash"] != space.hash:
         raise ValueError(f"arch.json is for space {_called(wanted['name'], wanted['args'])} with hash "
-                         f"{wanted['hash'][:15]}.., this run has {space.hash[:15]}..: its choices have changed since.")
+                         f"{wanted['hash'][:15]}.., the space that those args make has {space.hash[:15]}..: "
+                         "args and hash do not belong together (edited by hand, or another version's choices).")
 
 
 def _called(name: str, args: Mapping[str, Any]) -> str:

@@ -127,6 +127,8 @@ class ResNet(nn.Module):
             for block in blocks[: int(depth)]:
                 x = block(x, arch)
             return x
+        if depth.idle == "gate":
+            raise ValueError("idle='gate' runs candidates again in the backward pass; the taps of a stage are one pass.")
         taps: dict[int, Tensor] = {}
         wanted = [int(depth.options[j]) for j in active(depth)]
         for b, block in enumerate(blocks[: max(wanted)]):

@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         if config.weights != "auto" or "cannot be inherited" not in str(error):
             raise
-        _log.info("fresh weights: %s", error)
+        _log.info("the bundle gets fresh weights, for nas retrain: %s", str(error).split(", so weights")[0])
         path, report = make(inherit=False)
     if report["logits_max_difference"] is not None:
         _log.info("largest difference to the supernet's logits: %.3g", report["logits_max_difference"])

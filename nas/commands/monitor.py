@@ -1,6 +1,7 @@
 """nas monitor [RUNS]: TensorBoard on the run folders."""
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(config.runs)
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder. nas search writes run folders under runs/.")
+    logging.getLogger().setLevel(logging.WARNING)  # TensorBoard logs every request at the level that it finds
     board = program.TensorBoard()
     board.configure(argv=["tensorboard", f"--logdir={folder}", f"--port={config.port}", f"--host={config.host}"])
     try:
         url = board.launch()
     except program.TensorBoardServerException as error:
         raise UsageError(f"TensorBoard cannot start on {config.host}:{config.port}: {error}. Choose another --port.") from None
-    print(url, flush=True)
+    print(f"{url}  (Ctrl-C stops)", flush=True)
     while True:  # until Ctrl-C
         time.sleep(3600)

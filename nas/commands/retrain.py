@@ -22,7 +22,7 @@ from nas.log import RunLogs
 from nas.precision import in_precision
 from nas.protocols import Moment, Setup, Strategy
 from nas.recipe import UsageError, find, option, parse, plain_config, read, retrain_parser
-from nas.run import Run
+from nas.run import Run, explicit
 from nas.search import stopped
 from nas.strategies.plain import Plain
 
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     strategy = Plain(**config.plain.as_dict())
     copy.copy(strategy).start(setup)  # refuses what does not fit before a folder is made
     plain = {**plain_config(parser, config), "bundle": str(bundle.path), "teacher": config.teacher}
-    out = config.out or f"runs/retrain-{bundle.path.resolve().name}"
+    out = explicit(config.out, config.resume) if config.out else Path("runs") / f"retrain-{bundle.path.resolve().name}"
     run = Run(out, plain, device=device, ranks=group, resume=config.resume, period=config.log_every)
     if group.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)

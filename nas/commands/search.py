@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from nas.build import Built, assemble
 from nas.engine import moment, seed_from
 from nas.log import memory
 from nas.recipe import UsageError, find, option, parse, plain_config, read, search_parser
-from nas.run import Run
+from nas.run import Run, explicit
 from nas.search import rehearse, stopped, train
 from search_spaces.arch import read_arch
 
@@ -36,7 +37,8 @@ def run(argv: Sequence[str]) -> int:
         return dry_run(built, config)
     rehearse(built)
     plain = plain_config(parser, config)
-    run = Run(config.out or f"runs/{name}", plain, device=built.device, ranks=built.ranks, resume=config.resume,
+    out = explicit(config.out, config.resume) if config.out else Path("runs") / name
+    run = Run(out, plain, device=built.device, ranks=built.ranks, resume=config.resume,
               period=config.log_every)  # fmt: skip
     try:
         outcome, path = train(built, run, plain, seed=config.seed, every=config.evaluate.every, images=config.evaluate.images,

@@ -183,7 +183,7 @@ CASES: dict[str, tuple[Words, list[str]]] = {
     "arch absent": (verb("extract", "TIED", "--arch", "nope.json", "--out", "out"), ["--arch nope.json", "derived, largest"]),
     "arch seed": (verb("extract", "TIED", "--arch", "random:x", "--out", "out"), ["random:x", "whole number"]),
     "arch budget": (verb("extract", "TIED", "--arch", "random:1@1%", "--out", "out"), ["random:1@1%", "Smallest cost"]),
-    "arch space": (other_arch(depth=20), ["arch.json is for space resnet.CifarResNet(depth=20", "this run has", "depth=14"]),
+    "arch space": (other_arch(depth=20), ["arch.json is for space resnet.CifarResNet(depth=20", "here it is", "depth=14"]),
     "arch version": (other_arch(version=2), ["version 2 is newer", "update supernas"]),
     "arch format": (other_arch(format="other"), ["arch.json: format is 'other'"]),
     "weights from": (verb("extract", "TIED", "--from", "air", "--out", "out"), ["--from air", "auto, inherited, scratch"]),
@@ -270,12 +270,16 @@ def test_the_same_number_of_other_classes(given: Given) -> None:
     assert result.code == 2 and "copy has the class 'three' where the data have '3'" in result.errors[0]
 
 
-def test_a_folder_in_use_is_left_alone_and_the_next_name_taken(given: Given) -> None:
-    Path("run").mkdir()
-    Path("run/thesis.txt").write_text("mine")
-    path = ok(*SEARCH, "--epochs", "1", "--out", "run").last
-    assert path == "run-2/arch.json" and content(Path("run")) == content(given.here / "run")
-    assert [item.name for item in Path("run").iterdir()] == ["thesis.txt"]
+def test_a_folder_in_use_is_left_alone(given: Given) -> None:
+    """Named by the user it is refused; the default name counts on to -2."""
+    for name in ("run", "runs/tas-digits"):
+        Path(name).mkdir(parents=True)
+        Path(name, "thesis.txt").write_text("mine")
+    refused = nas(*SEARCH, "--epochs", "1", "--out", "run")
+    assert refused.code == 2 and "run is not empty: choose another --out, empty it, or go on in it" in refused.errors[0]
+    assert ok(*SEARCH, "--epochs", "1").last == "runs/tas-digits-2/arch.json"
+    for name in ("run", "runs/tas-digits"):
+        assert [item.name for item in Path(name).iterdir()] == ["thesis.txt"]
 
 
 def test_debug_shows_the_traceback(given: Given) -> None:

@@ -231,7 +231,7 @@ def test_another_space_than_expected(tmp_path: Path) -> None:
         read_arch(tmp_path / "arch.json", expect=CifarResNet(20))
     assert str(error.value) == (
         f"{tmp_path / 'arch.json'}: arch.json is for space resnet.CifarResNet(depth=8, kind='tied', "
-        "widths=[4, 8, 16]), this run has resnet.CifarResNet(depth=20, kind='tied').")
+        "widths=[4, 8, 16]), here it is resnet.CifarResNet(depth=20, kind='tied').")
 
 
 def test_expected_space_checks_and_canonicalises(tmp_path: Path) -> None:
@@ -258,11 +258,11 @@ def test_only_spaces_of_this_package_are_looked_up(name: str) -> None:
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"hash": "sha256:" + "0" * 64}, r"with hash sha256:00000000.., this run has sha256:.*: its choices have changed"),
+    ({"hash": "sha256:" + "0" * 64}, r"with hash sha256:00000000.., the space that those args make has sha256:.*: args and hash"),
     ({"args": {"depth": 21}}, r"resnet.CifarResNet cannot be built from {'depth': 21}: depth = 21 is not"),
     ({"args": {"breadth": 21}}, r"cannot be built from {'breadth': 21}: .* unexpected keyword"),
     ({"args": {"depth": 8, "widths": 3}}, r"cannot be built from"),
-    ({"args": {"depth": 8}}, r"arch.json is for space resnet.CifarResNet\(depth=8\), this run has .*kind='tied'"),
+    ({"args": {"depth": 8}}, r"arch.json is for space resnet.CifarResNet\(depth=8\), here it is .*kind='tied'"),
     ({"name": "space.SearchSpace", "args": {}}, r"space.SearchSpace cannot be built from {}"),
 ])
 def test_space_of_refuses(change: dict, line: str) -> None:
