@@ -258,7 +258,7 @@ def test_only_spaces_of_this_package_are_looked_up(name: str) -> None:
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"hash": "sha256:" + "0" * 64}, r"with hash sha256:00000000.., the space that those args make has sha256:.*: args and hash"),
+    ({"hash": "sha256:" + "0" * 64}, r"sha256:00000000.., the space that those args make has sha256:.*: args and hash"),
     ({"args": {"depth": 21}}, r"resnet.CifarResNet cannot be built from {'depth': 21}: depth = 21 is not"),
     ({"args": {"breadth": 21}}, r"cannot be built from {'breadth': 21}: .* unexpected keyword"),
     ({"args": {"depth": 8, "widths": 3}}, r"cannot be built from"),
