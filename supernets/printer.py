@@ -97,7 +97,9 @@ def to_module(text: str) -> ModuleType:
 
 @torch.no_grad()
 def check(graph: fx.GraphModule, text: str, example: Tensor) -> None:
-    """Prove that ``text`` is ``graph``: equal keys, equal logits in eval mode, bit for bit. ``example``: (B, C, H, W).
+    """Prove that ``text`` is ``graph``: equal keys, equal logits in eval mode. ``example``: (B, C, H, W).
+
+    Equal to 1e-5: where the weights lie in memory can change the last bits of a product.
 
     Raises RuntimeError (one line) otherwise, with the keys or the largest difference.
     """
@@ -110,7 +112,7 @@ def check(graph: fx.GraphModule, text: str, example: Tensor) -> None:
     expected = _tensors(copy.deepcopy(graph).eval()(example))
     printed = _tensors(network(example))
     for mine, theirs in zip(expected, printed, strict=True):
-        if not torch.equal(mine, theirs):
+        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5):
             far = f"{(mine - theirs).abs().max():.3g}" if mine.shape == theirs.shape else f"shape {tuple(theirs.shape)}"
             raise RuntimeError(f"model.py does not compute what the network computes: largest difference {far}.")
 

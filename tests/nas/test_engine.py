@@ -304,14 +304,17 @@ def test_signals_save_and_say_so(tmp_path: Path, number: int, reason: str, code:
 
 
 def test_signals_are_put_back_and_a_second_one_acts_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with signals() as stop:
-        assert stop() is None
-        signal.raise_signal(signal.SIGINT)
-        assert stop() == "interrupted"
-        with pytest.raises(KeyboardInterrupt):
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
+    try:
+        with signals() as stop:
+            assert stop() is None
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop() == "interrupted"
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, was)
     with pytest.raises(ValueError, match="max_time = 0"):
         Stop(0)
     found: list[Any] = []

@@ -153,7 +153,8 @@ def test_loads_where_only_torch_is(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     logits, banned, training = json.loads(done.stdout)
-    assert torch.equal(torch.tensor(logits), graph(example()))
+    # Another process may place weights elsewhere in memory, and a product's last bits depend on that.
+    assert torch.allclose(torch.tensor(logits), graph(example()), rtol=1e-5, atol=1e-5)
     assert (banned, training) == ([], False)
 
 
