@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def run(argv: Sequence[str]) -> int:
         url = board.launch()
     except program.TensorBoardServerException as error:
         raise UsageError(f"TensorBoard cannot start on {config.host}:{config.port}: {error}. Choose another --port.") from None
-    print(f"{url}  (Ctrl-C stops)", flush=True)
+    print(url, flush=True)
+    print("nas monitor: Ctrl-C stops", file=sys.stderr, flush=True)
     while True:  # until Ctrl-C
         time.sleep(3600)
