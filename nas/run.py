@@ -43,10 +43,13 @@ class _Fitted(NamedTuple):
     keep: Mapping[str, Stateful]
 
 
-def explicit(out: str, resume: str) -> Path:
-    """``--out`` as given: ValueError where it is in use and the run is not to be resumed."""
+def explicit(out: str, resume: str, ranks: Ranks) -> Path:
+    """``--out`` as given: ValueError where it is in use and the run is not to be resumed.
+
+    Only the main rank looks: another may come when the main one has already begun to write there.
+    """
     folder = Path(out)
-    if resume == "never" and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if ranks.main and resume == "never" and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{out} is not empty: choose another --out, empty it, or go on in it with --resume auto.")
     return folder
 

@@ -59,7 +59,8 @@ def run(argv: Sequence[str]) -> int:
     strategy = Plain(**config.plain.as_dict())
     copy.copy(strategy).start(setup)  # refuses what does not fit before a folder is made
     plain = {**plain_config(parser, config), "bundle": str(bundle.path), "teacher": config.teacher}
-    out = explicit(config.out, config.resume) if config.out else Path("runs") / f"retrain-{bundle.path.resolve().name}"
+    default = Path("runs") / f"retrain-{bundle.path.resolve().name}"
+    out = explicit(config.out, config.resume, group) if config.out else default
     run = Run(out, plain, device=device, ranks=group, resume=config.resume, period=config.log_every)
     if group.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)

@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
         return dry_run(built, config)
     rehearse(built)
     plain = plain_config(parser, config)
-    out = explicit(config.out, config.resume) if config.out else Path("runs") / name
+    out = explicit(config.out, config.resume, built.ranks) if config.out else Path("runs") / name
     run = Run(out, plain, device=built.device, ranks=built.ranks, resume=config.resume,
               period=config.log_every)  # fmt: skip
     try:

@@ -14,7 +14,8 @@ from cli import RETRAIN, SEARCH, content, draw_images, nas, ok
 from PIL import Image
 
 from nas import checkpoint
-from nas.run import Run
+from nas.ranks import Ranks
+from nas.run import Run, explicit
 
 
 class Given(NamedTuple):
@@ -277,6 +278,7 @@ def test_a_folder_in_use_is_left_alone(given: Given) -> None:
         Path(name, "thesis.txt").write_text("mine")
     refused = nas(*SEARCH, "--epochs", "1", "--out", "run")
     assert refused.code == 2 and "run is not empty: choose another --out, empty it, or go on in it" in refused.errors[0]
+    assert explicit("run", "never", Ranks(1, 2, 1, main=False)) == Path("run")  # the main rank may have made it just now
     assert ok(*SEARCH, "--epochs", "1").last == "runs/tas-digits-2/arch.json"
     for name in ("run", "runs/tas-digits"):
         assert [item.name for item in Path(name).iterdir()] == ["thesis.txt"]
