@@ -15,6 +15,8 @@ VERBS = {
     "extract": "turn an architecture into a plain network: a bundle",
     "retrain": "train a bundle's network, alone or with a teacher",
     "evaluate": "accuracy of a bundle, overall and per class",
+    "rank": "how well a run's accuracies rank architectures of known accuracy",
+    "latency": "the time of every layer shape of a supernet, as a table for budgets",
     "predict": "class names for images",
     "monitor": "TensorBoard on the run folders",
 }

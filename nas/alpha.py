@@ -1,16 +1,22 @@
-"""Architecture parameters: one row of logits for every choice of the root space, read as mixtures.
+"""Architecture parameters, read as mixtures: logits of every choice (``Alpha``), or scales of channels (``Scales``).
 
-Letters: ``n`` choices with equally many options, ``K`` options, ``I`` sampled candidates. All rows of one ``K`` are one
-Parameter, so a whole step's samples are drawn in one call and cross to the host once.
+Letters: ``n`` choices with equally many options, ``K`` options, ``I`` sampled candidates, ``N`` scales. All rows of one
+``K`` are one Parameter, so a whole step's samples are drawn in one call and cross to the host once.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from search_spaces.space import Arch, Mixture, SearchSpace, Setting
+from search_spaces.space import Arch, Mixture, SearchSpace, Setting, Value
+
+if TYPE_CHECKING:
+    from nas.cost import CostTable
 
 
 class Alpha(nn.Module):
@@ -41,7 +47,7 @@ class Alpha(nn.Module):
         for rows, logits, _ in self._rows(names):
             for name, weights in zip(rows, torch.softmax(logits / tau, dim=1).unbind(0)):
                 out[name] = self._mixture(name, weights)
-        return self._complete(out)
+        return _complete(self.space, out)
 
     def gumbel(
         self, tau: float, noise: torch.Generator, names: Iterable[str] | None = None, count: int | None = None
@@ -66,7 +72,7 @@ class Alpha(nn.Module):
             for i, positions, weights in zip(drawn, at.tolist(), v.unbind(0)):
                 options = self.space.root[rows[i]].options
                 out[rows[i]] = Mixture(tuple(options[j] for j in positions), weights)
-        return self._complete(out)
+        return _complete(self.space, out)
 
     def straight_through(
         self, tau: float, noise: torch.Generator, names: Iterable[str] | None = None
@@ -80,7 +86,7 @@ class Alpha(nn.Module):
             hard = torch.zeros_like(p).scatter_(1, at[:, None], 1.0)
             for name, j, h in zip(rows, at.tolist(), (hard - p.detach() + p).unbind(0)):
                 out[name] = Mixture(self.space.root[name].options, h, (j,), "ones")
-        return self._complete(out)
+        return _complete(self.space, out)
 
     # -- readings as numbers ----------------------------------------------------------------------------------------
 
@@ -92,9 +98,41 @@ class Alpha(nn.Module):
             out.update(zip(names, rows))
         return out
 
-    def architecture(self) -> Arch:
-        """The most probable option of every choice (``SearchSpace.derive``)."""
-        return self.space.derive(self.probabilities())
+    def architecture(
+        self, skip_limit: int | None = None, probabilities: Mapping[str, Sequence[float]] | None = None
+    ) -> Arch:
+        """The most probable option of every choice (``SearchSpace.derive``); of ``probabilities``, if given, instead of these.
+
+        ``skip_limit``: how many choices of one part of the space (a cell) may take one of ``space.skips`` (P-DARTS). While
+        more do, skips lose their probability at the choice of that part that is least sure of them. Choices that allow
+        nothing else, and tied followers, keep theirs. Raises ValueError where it is negative.
+        """
+        p = {name: list(row) for name, row in (probabilities or self.probabilities()).items()}
+        arch = self.space.derive(p)
+        if skip_limit is None:
+            return arch
+        if skip_limit < 0:
+            raise ValueError(f"skip_limit = {skip_limit}. Allowed: 0 or more skips a part, or None for no limit.")
+        while (name := self._surplus_skip(arch, p, skip_limit)) is not None:
+            options = self.space.root[name].options
+            p[name] = [0.0 if option in self.space.skips else q for option, q in zip(options, p[name])]
+            arch = self.space.derive(p)
+        return arch
+
+    def _surplus_skip(self, arch: Mapping[str, Value], p: Mapping[str, list[float]], limit: int) -> str | None:
+        """Of the choices that can do without a skip, the least sure one in the first part that has more than ``limit``."""
+        space, parts = self.space, dict[str, list[str]]()
+        for name, option in arch.items():
+            if option in space.skips:
+                parts.setdefault(space.part(name), []).append(name)
+        free = set(space.free)
+        for names in parts.values():
+            sure = {name: p[name][space.root[name].options.index(arch[name])] for name in names
+                    if name in free and not set(space[name].options) <= set(space.skips)}  # fmt: skip
+            loose = [name for name in sure if sure[name] > 0]  # 0: has been asked to do without
+            if len(names) > limit and loose:
+                return min(loose, key=lambda name: sure[name])
+        return None
 
     def entropy(self) -> Tensor:
         """Mean over open choices of H(softmax(alpha)) / log(allowed options): 1 undecided, 0 decided."""
@@ -145,17 +183,158 @@ class Alpha(nn.Module):
             return Mixture(options, weights)
         return Mixture(options, weights, tuple(j for j, option in enumerate(options) if option in allowed))
 
-    def _complete(self, out: dict[str, Setting]) -> dict[str, Setting]:
-        """Adds choices with one option left, and followers with the weights of their leader."""
-        for choice in self.space.choices:
-            if choice.name not in self.space.ties and len(choice.options) == 1:
-                out[choice.name] = choice.options[0]
-        for name, tie in self.space.ties.items():
-            if tie.leader in out:
-                leader = out[tie.leader]
-                if isinstance(leader, Mixture):
-                    allowed = tuple(tie.values.get(value, self.space[name].options[0]) for value in leader.options)
-                    out[name] = leader._replace(options=allowed)
-                else:
-                    out[name] = tie.values[leader]
+
+class Scales(nn.Module):
+    """A scale for every channel, read as mixtures of widths whose tail sums are the scales (supernets.preresnet).
+
+    Network Slimming (Liu et al., ICCV 2017, arXiv 1708.06519), and RARTS's width search: the scales of all batch norms
+    are architecture variables, an L1 penalty pulls them to 0, one threshold for the whole network says which stay, and
+    the number that stay at a norm is its width. Every free choice of ``space`` is such a width.
+
+    ``scales``: (N,) one for each option of the root's free choices, one choice after another. Options may be every width
+    1 .. C or only some: a scale is that of the channels that its option adds to the next narrower one. All start at
+    ``value`` (the released code: 0.5). A restricted space loads its root's state; the channels of a forbidden option go
+    with the next wider one. Raises ValueError for a ``value`` of 0 or less, and for free choices that are no widths.
+    """
+
+    at: Tensor
+    covers: Tensor
+    ends: Tensor
+
+    def __init__(self, space: SearchSpace, value: float = 0.5) -> None:
+        super().__init__()
+        if not value > 0:
+            raise ValueError(f"value = {value}: scales start above 0, for instance at 0.5. None at 0 would ever move.")
+        self.space = space
+        self.widths = {name: _whole(space, name) for name in space.free}
+        if not self.widths:
+            raise ValueError(f"{space.name} has no choice left, so there is nothing to scale.")
+        self.counts = [len(options) for options in self.widths.values()]
+        start, at, covers = 0, list[int](), list[int]()
+        for name in space.root.free:
+            whole, options = space.root[name].options, self.widths.get(name, ())
+            at += [start + whole.index(option) for option in options]
+            covers += [b - a for a, b in zip((0, *options), options)]
+            start += len(whole)
+        last = torch.tensor(self.counts).cumsum(0) - 1
+        self.scales = nn.Parameter(torch.full((start,), float(value)))
+        self.register_buffer("at", torch.tensor(at), persistent=False)  # where the remaining options are in scales
+        self.register_buffer("covers", torch.tensor(covers), persistent=False)  # how many channels each of them adds
+        self.register_buffer("ends", torch.zeros(len(at), dtype=torch.bool).index_fill_(0, last, True), persistent=False)
+
+    def soft(self, names: Iterable[str] | None = None) -> dict[str, Setting]:
+        """Mixtures with w_k = s_k - s_(k+1), where s behind the widest option is 0: their tail sums are the scales.
+
+        Weights may have any sign; they are no distribution.
+        """
+        s = self._free()
+        behind = torch.cat([s[1:], s.new_zeros(1)]).masked_fill(self.ends, 0.0)
+        wanted = set(self.widths) if names is None else set(names)
+        rows = zip(self.widths.items(), (s - behind).split(self.counts))
+        return _complete(self.space, {name: Mixture(options, w) for (name, options), w in rows if name in wanted})
+
+    def l1(self) -> Tensor:
+        """sum |s| over all channels of the free choices, () tensor; its slope at 0 is 0, as in the released code."""
+        return (self._free().abs() * self.covers).sum()
+
+    def entropy(self) -> Tensor:
+        """H(|s| / sum |s|) / log(channels), over channels: 1 where all are equal, 0 where one has all. () without gradient."""
+        share = self._free().detach().abs()
+        share = share / (share * self.covers).sum().clamp(min=torch.finfo(share.dtype).tiny)
+        return -(torch.xlogy(share, share) * self.covers).sum() / self.covers.sum().clamp(min=2).log()
+
+    def probabilities(self) -> dict[str, list[float]]:
+        """What is believed of each width, over the root's options: how often ``architecture(keep)`` derives it, if the number
+        of channels to keep is drawn uniformly from 1, 2, .. all of them. A choice that is not free has one certain option
+        (a follower: what it is in ``architecture()``)."""
+        sizes, covers = self._sizes()
+        ranked, order = sizes.sort(descending=True)
+        before = torch.cat([torch.zeros(1, dtype=torch.long), covers[order].cumsum(0)])  # channels in front of each rank
+        above = before[torch.searchsorted(-ranked, -sizes)].double() / before[-1]  # in how many draws an option drops out
+        out = {name: [float(option == value) for option in self.space.root[name].options]
+               for name, value in self.architecture().items()}  # fmt: skip
+        for (name, options), dropped, added in zip(self.widths.items(), above.split(self.counts), covers.split(self.counts)):
+            dropped, order = dropped.sort()
+            kept = torch.searchsorted(added[order].cumsum(0), torch.tensor(options))  # so many stay, at least, for each width
+            reached = (1 - dropped[kept]).index_fill(0, torch.tensor([0]), 1.0).tolist()  # how often a width or a wider one
+            odds = dict(zip(options, (a - b for a, b in zip(reached, (*reached[1:], 0.0)))))
+            out[name] = [odds.get(cast(int, option), 0.0) for option in self.space.root[name].options]
         return out
+
+    def cut(self, keep: float) -> float:
+        """The threshold on |s| that round(keep * channels) of all channels reach: at least one, more where some are equal.
+
+        Raises ValueError for what is no share.
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep = {keep} is not a share of the channels. Allowed: above 0, up to 1.")
+        sizes, covers = self._sizes()
+        ranked, order = sizes.sort(descending=True)
+        reached = covers[order].cumsum(0)
+        return float(ranked[int(torch.searchsorted(reached, max(1, round(keep * int(reached[-1])))))])
+
+    def architecture(self, keep: float = 0.6, threshold: float | None = None) -> Arch:
+        """Each width: how many of its channels have |s| >= ``threshold`` (``cut(keep)``, where none is given); at least one.
+
+        In a restricted space: the widest remaining option that is no wider, or else the narrowest. Which channels they
+        are is forgotten: the network is trained from scratch. Raises ValueError for scales that are not finite.
+        """
+        sizes, covers = self._sizes()
+        stays = covers * (sizes >= (self.cut(keep) if threshold is None else threshold))
+        arch = {choice.name: choice.options[0] for choice in self.space.choices}
+        for (name, options), kept in zip(self.widths.items(), stays.split(self.counts)):
+            arch[name] = options[max(bisect_right(options, int(kept.sum())), 1) - 1]
+        return arch | {name: tie.values[arch[tie.leader]] for name, tie in self.space.ties.items()}
+
+    def for_budget(self, costs: CostTable, R: float) -> Arch:
+        """Of the architectures of all thresholds, the dearest that costs at most ``R``, in the unit of ``costs``.
+
+        No cost may fall where a width grows. Raises ValueError where the narrowest network costs more.
+        """
+        levels = [*self._sizes()[0].unique().tolist(), math.inf]  # ascending, so the dearest comes first
+        low, high = 0, len(levels) - 1
+        least = costs.of(self.architecture(threshold=math.inf))
+        if least > R:
+            raise ValueError(f"A budget of {R:,.0f} cannot be reached: the narrowest network of this space costs {least:,.0f}.")
+        while low < high:  # levels[high] fits, nothing below levels[low] does
+            middle = (low + high) // 2
+            fits = costs.of(self.architecture(threshold=levels[middle])) <= R
+            low, high = (low, middle) if fits else (middle + 1, high)
+        return self.architecture(threshold=levels[low])
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _free(self) -> Tensor:
+        """The scales of the remaining options of free choices."""
+        return self.scales if len(self.at) == len(self.scales) else self.scales[self.at]
+
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Their |s| (float64), and ``covers``, on the host. Raises ValueError for nan and infinity."""
+        sizes = self._free().detach().abs().double().cpu()
+        if not bool(sizes.isfinite().all()):
+            raise ValueError("The scales are not finite, so they say no width. Lower the rate of alpha or the L1 penalty.")
+        return sizes, self.covers.cpu()
+
+
+def _whole(space: SearchSpace, name: str) -> tuple[int, ...]:
+    """The remaining options of a width. ValueError for a choice that is none."""
+    options = [option for option in space[name].options if isinstance(option, int) and option > 0]
+    if not space[name].ordered or len(options) < len(space[name].options):
+        raise ValueError(f"{name} is no width, so it has no scales. Restrict it to one option, or search it with Alpha.")
+    return tuple(options)
+
+
+def _complete(space: SearchSpace, out: dict[str, Setting]) -> dict[str, Setting]:
+    """Adds choices with one option left, and followers with the weights of their leader."""
+    for choice in space.choices:
+        if choice.name not in space.ties and len(choice.options) == 1:
+            out[choice.name] = choice.options[0]
+    for name, tie in space.ties.items():
+        if tie.leader in out:
+            leader = out[tie.leader]
+            if isinstance(leader, Mixture):
+                allowed = tuple(tie.values.get(value, space[name].options[0]) for value in leader.options)
+                out[name] = leader._replace(options=allowed)
+            else:
+                out[name] = tie.values[leader]
+    return out

@@ -29,7 +29,7 @@ from nas.recipe import UsageError, build
 from search_spaces.arch import ArchFile, space_of
 from search_spaces.space import Arch, SearchSpace
 from supernets.elastic import Leaf
-from supernets.extract import extract
+from supernets.extract import TrainingForm, extract, training_form
 
 
 @dataclass
@@ -166,16 +166,31 @@ def adopt(net: nn.Module, arch: Arch, weights: Mapping[str, torch.Tensor], x: to
                 leaf.adopt(inner)
 
 
-def rebuild(file: ArchFile, seed: int = 0) -> fx.GraphModule:
+def rebuild(file: ArchFile, form: str = "fresh", seed: int = 0) -> fx.GraphModule:
     """The plain network of an arch.json, with fresh weights drawn from ``seed``.
 
-    Convention instead of a registry: the supernets of search_spaces.NAME are built by ``supernets.NAME.build``.
-    ValueError where its space has no supernet here.
+    ``form``: "fresh" (the published network) or "inherited" (that of a supernet's weights, where it differs: in eval mode it
+    computes what the supernet does). Convention instead of a registry: the supernets of search_spaces.NAME are built by
+    ``supernets.NAME.build``. ValueError where its space has no supernet here.
     """
+    net, x = _supernet(file)
+    return extract(net, file.arch, x, inherit=form == "inherited", seed=seed)
+
+
+def rebuild_for_training(file: ArchFile, form: str = "fresh", seed: int = 0, head: bool = True) -> TrainingForm:
+    """As ``rebuild``, the same weights for the same seed, with drop path and, ``head``, an auxiliary head.
+
+    ValueError where networks of this space have neither.
+    """
+    net, x = _supernet(file)
+    return training_form(net, file.arch, x, inherit=form == "inherited", seed=seed, head=head)
+
+
+def _supernet(file: ArchFile) -> tuple[nn.Module, torch.Tensor]:
+    """The supernet of an arch.json, and an example of its images."""
     space = space_of(file)
     module = importlib.import_module("supernets." + space.name.partition(".")[0])
-    net = module.build(space, file.input[0], len(file.classes))
-    return extract(net, file.arch, torch.zeros(2, *file.input), inherit=False, seed=seed)
+    return module.build(space, file.input[0], len(file.classes)), torch.zeros(2, *file.input)
 
 
 def arch_file(built: Built, arch: Arch, metrics: dict[str, Any], config: Mapping[str, Any]) -> ArchFile:

@@ -28,17 +28,23 @@ from supernets.printer import check, source
 
 FORMAT = "nas-bundle"
 VERSION = 1
+FORMS = ("fresh", "inherited")
 NEEDED = ("model.safetensors", "arch.json", "report.json")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What ``load_bundle`` returns; ``module`` is in eval mode on the CPU."""
+    """What ``load_bundle`` returns; ``module`` is in eval mode on the CPU.
+
+    ``form``: "fresh", the published network, or "inherited", that of a supernet's weights (they differ where the supernet
+    normalises what the published network does not, as after the pools of DARTS).
+    """
 
     module: nn.Module
     arch: ArchFile
     report: dict[str, Any]
     path: Path
+    form: str = "fresh"
 
 
 def counted(graph: nn.Module, example: Tensor) -> tuple[int, int]:
@@ -80,7 +86,8 @@ def prove(
         if not difference <= tolerance * max(1.0, reference.abs().max().item()):  # a nan must fail too
             raise RuntimeError(f"The plain network's logits differ from the supernet's by {difference:.3g}, "
                                f"allowed {tolerance:.3g}.")
-    return {"logits_max_difference": difference, **costs, "weights": "fresh" if reference is None else "inherited"}
+    origin = "fresh" if reference is None else "inherited"
+    return {"logits_max_difference": difference, **costs, "weights": origin, "form": origin}
 
 
 def write_bundle(
@@ -127,10 +134,10 @@ def write_bundle(
     return out
 
 
-def load_bundle(path: Path, rebuild: Callable[[ArchFile], nn.Module]) -> Bundle:
+def load_bundle(path: Path, rebuild: Callable[[ArchFile, str], nn.Module]) -> Bundle:
     """The network of the bundle at ``path``, in eval mode, with its weights, arch.json and report.json.
 
-    ``rebuild``: arch -> the plain network with fresh weights, made by our own code: model.py is not run, nor read.
+    ``rebuild``: arch, form -> the plain network with fresh weights, made by our own code: model.py is not run, nor read.
     Raises FileNotFoundError for a missing folder, ValueError for missing, damaged or mismatching files, naming them.
     """
     path = Path(path)
@@ -142,10 +149,11 @@ def load_bundle(path: Path, rebuild: Callable[[ArchFile], nn.Module]) -> Bundle:
     weights = _weights(path / "model.safetensors")
     report = _report(path / "report.json")
     arch = read_arch(path / "arch.json")
-    module = rebuild(arch)
+    form = _form(path / "report.json", report)
+    module = rebuild(arch, form)
     _fit(path, module.state_dict(), weights)
     module.load_state_dict(weights, strict=True)
-    return Bundle(module.cpu().eval(), arch, report, path)
+    return Bundle(module.cpu().eval(), arch, report, path, form)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -170,6 +178,14 @@ def _report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise ValueError(f"{path} holds one object, not {type(report).__name__}.")
     return report
+
+
+def _form(path: Path, report: Mapping[str, Any]) -> str:
+    """Of the network; reports of version 0.1 do not say it, and there only inherited weights that nobody trained tell."""
+    form = report.get("form", "inherited" if report.get("weights") == "inherited" else "fresh")
+    if form not in FORMS:
+        raise ValueError(f"{path}: form is {form!r}. Allowed: {', '.join(FORMS)}.")
+    return form
 
 
 def _fit(path: Path, wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,8 @@
     with w.ahead(train_loss):                           # unrolled step: w' = what the optimizer would make of w
         g = w.grad(valid_loss(), alpha)                 # dL/dw' returned, dL/dalpha accumulated in alpha: one backward
     with w.shifted(g, by=eps): ...                      # w + eps * g
+
+    w.pull(y.params, by=beta)                           # + beta/2 ||w - y||^2, then w.down(...)
 """
 from __future__ import annotations
 
@@ -121,6 +123,22 @@ class Descent:
         share = loss / self.accumulate if self.accumulate > 1 else loss
         torch.autograd.backward(share, inputs=_all_params(self, *also))
 
+    @torch.no_grad()
+    def pull(self, toward: Sequence[Tensor], by: float) -> None:
+        """Adds ``by`` * (p - q) to every pending gradient, q of ``toward`` (one tensor a parameter, a constant here): the
+        gradient of by/2 ||p - q||^2, before averaging, clipping and momentum, and for parameters without a gradient too.
+
+        Once before every ``step``, on every rank: each call counts for its share, as ``add`` does, so with accumulate > 1
+        the calls of one acting step make up one whole ``by`` (p - q).
+        """
+        self._matching("pull", toward)
+        share = by / self.accumulate
+        for p, q in zip(self.params, toward):
+            if p.grad is None:
+                p.grad = (p - q).mul_(share)
+            else:
+                p.grad.add_(p - q, alpha=share)
+
     def step(self, norm: bool = False) -> None:
         """Average over ranks, clip, step, clear the gradients. ``norm``: keep the norm without clipping too."""
         self.calls += 1
@@ -160,22 +178,14 @@ class Descent:
             raise ValueError(f"Descent.ahead: accumulate = {self.accumulate}. Allowed with a look-ahead: 1.")
         found = self._gradients(loss)
         with self._restored():
-            state, pending = self.optimizer.state, [p.grad for p in self.params]
-            try:
-                self.optimizer.state = defaultdict(dict, {p: copy.deepcopy(own) for p, own in state.items()})
-                self._use(found)
-                self._move(self.rate if rate is None else rate)
-            finally:
-                self.optimizer.state = state
-                for p, g in zip(self.params, pending):
-                    p.grad = g
+            self._try(found, self.rate if rate is None else rate)
+            del found  # not needed inside, where memory may be scarce
             yield
 
     @contextmanager
     def shifted(self, direction: Sequence[Tensor], by: float | Tensor) -> Iterator[None]:
         """Parameters + ``by`` * ``direction`` (one tensor a parameter), then as before."""
-        if len(direction) != len(self.params):
-            raise ValueError(f"Descent.shifted: {len(direction)} tensors for {len(self.params)} parameters.")
+        self._matching("shifted", direction)
         with self._restored():
             with torch.no_grad():
                 for p, d in zip(self.params, direction):
@@ -264,11 +274,31 @@ class Descent:
         for p, g in zip(self.params, gradients):
             p.grad = torch.zeros_like(p) if g is None and self.idle == "zeros" else g
 
+    def _try(self, gradients: list[Tensor | None], rate: float) -> None:
+        """Moves the parameters as a step on ``gradients`` would; the optimizer's state and pending gradients stay.
+
+        The optimizer works in place, so it is lent copies of its state: of those parameters alone that will move.
+        """
+        state, pending = self.optimizer.state, [p.grad for p in self.params]
+        try:
+            self._use(gradients)
+            lent: dict[Tensor, Any] = {p: _copied(state[p]) for p in self.params if p.grad is not None and p in state}
+            self.optimizer.state = defaultdict(dict, lent)
+            self._move(rate)
+        finally:
+            self.optimizer.state = state
+            for p, g in zip(self.params, pending):
+                p.grad = g
+
     def _move(self, rate: float) -> None:
         """The optimizer's step at ``rate``; further parameter groups keep their ratio to the first."""
         for group, base in zip(self.optimizer.param_groups, self.bases):
             group["lr"] = rate if base == self.bases[0] else rate * base / self.bases[0]
         self.optimizer.step()
+
+    def _matching(self, name: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self.params):
+            raise ValueError(f"Descent.{name}: {len(tensors)} tensors for {len(self.params)} parameters.")
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -279,6 +309,23 @@ class Descent:
             with torch.no_grad():
                 for p, value in zip(self.params, kept):
                     p.copy_(value)
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of ``x`` over ranks, the same on all of them and without a graph; ``x`` itself where there is one process.
+
+    Every rank must call it. Gradients that a Descent or ``Descent.grad`` returns are averaged already.
+    """
+    if not ranks.active():
+        return x
+    mean = x.detach().clone()
+    ranks.average_([mean])
+    return mean
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's optimizer state. Tensors are cloned, several times faster than copy.deepcopy does it."""
+    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in state.items()}
 
 
 def _all_params(*descents: Descent) -> list[Parameter]:

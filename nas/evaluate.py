@@ -1,7 +1,8 @@
 """Accuracy of networks: overall and per class, and of many subnets of one supernet with recalibrated batch norms."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -10,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.data import Data
+from nas.augment import permutation
+from nas.data import Data, Split
 from nas.protocols import Batch
 from nas.recalibrate import Statistics, install, recalibrate
 from search_spaces.space import Setting
+
+BN_MODES = ("recalibrated", "batch")
 
 
 class Scores(NamedTuple):
@@ -68,9 +72,17 @@ def statistics_of(
 
 def score_archs(
     net: Any, archs: Sequence[Mapping[str, Setting]], data: Data, split: str, device: torch.device,
-    bn_images: int = 2000, limit: int | None = None,
+    bn_images: int = 2000, limit: int | None = None, bn: str = "recalibrated",
 ) -> list[Scores]:  # fmt: skip
-    """Scores of subnets, each with its own recalibrated statistics; the last one's are left in the net's buffers."""
+    """Scores of subnets. ``bn``: "recalibrated", each with its own statistics of ``bn_images`` training images (the last
+    one's are left in the net's buffers); or "batch", the statistics of each batch of ``split`` (``mixed_batches``).
+
+    ValueError for another ``bn``, and where ``split`` holds no image.
+    """
+    if bn not in BN_MODES:
+        raise ValueError(f"bn = {bn!r} is not known. Allowed: {', '.join(BN_MODES)}.")
+    if bn == "batch":
+        return _score_by_batch(net, archs, data, split, device, limit)
     found = []
     was = net.training
     for arch, statistics in zip(archs, statistics_of(net, archs, data, device, bn_images)):
@@ -81,3 +93,34 @@ def score_archs(
         finally:
             net.train(was)
     return found
+
+
+def _score_by_batch(
+    net: Any, archs: Sequence[Mapping[str, Setting]], data: Data, split: str, device: torch.device, limit: int | None
+) -> list[Scores]:
+    """Scores of subnets in training mode, without gradient. No buffer is written (law 7)."""
+    was = net.training
+    net.train()
+    try:
+        return [score(partial(net, arch=arch), mixed_batches(data, split, device, limit), len(data.classes)) for arch in archs]
+    finally:
+        net.train(was)
+
+
+def mixed_batches(data: Data, split: str, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
+    """Batches whose own statistics may normalise them: equally large, each a mixture of the classes, in the evaluation view.
+
+    The images of ``split`` come in a fixed random order, for a folder lists them class by class. What is left over and fills
+    no batch of ``data.batch_size`` is left out; fewer images than one batch are one. Loaders keep their own order.
+    """
+    if isinstance(data, Data):
+        name = data.reads(split)
+        images, rows, labels = data.splits[name]
+        order = permutation(0, 0, len(rows))
+        data = copy.copy(data)
+        data.splits = {**data.splits, name: Split(images, rows[order], labels[order])}
+    size = None
+    for batch in data.batches(split, device, limit=limit):
+        size = size or len(batch.x)
+        if len(batch.x) == size:
+            yield batch

@@ -1,9 +1,10 @@
-"""Reading the derived architecture as a search goes on: its accuracy, the alphas in TensorBoard, and what to keep.
+"""Reading the derived architecture as a search goes on: accuracy, health, the alphas in TensorBoard, and what to keep.
 
 ``last`` is the architecture at the end; ``best`` the one with the highest accuracy among those that meet the budget.
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,43 +12,86 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from nas import health
 from nas.data import Data
 from nas.evaluate import Scores, score_archs
-from nas.log import RunLogs
+from nas.log import RunLog, RunLogs
 from nas.protocols import Moment, Strategy
 from nas.ranks import Ranks
 from search_spaces.space import Arch, SearchSpace
 
 matplotlib.use("Agg")  # no window is ever opened
+_log = logging.getLogger("nas")
 
 
 class Picks:
-    """An act of the engine: derive, recalibrate, evaluate on the select split, log. Its state is part of the checkpoint."""
+    """An act of the engine: derive, recalibrate, evaluate on the select split, judge the search's health, log. Its state is
+    part of the checkpoint.
+
+    ``gap``: read the accuracy of the mixture too, on the same images, where the strategy believes in one. ``history``: what
+    was read, one row a reading. ``warned``: kind -> "step" and "words" of its first warning, which is not repeated,
+    and "last", the latest step at which it held.
+    """
 
     def __init__(
         self, space: SearchSpace, data: Data, device: torch.device, log: RunLogs, ranks: Ranks,
-        images: int | None = None, bn_images: int = 2000,
+        images: int | None = None, bn_images: int = 2000, gap: bool = True,
     ) -> None:  # fmt: skip
         self.space, self.data, self.device, self.log, self.ranks = space, data, device, log, ranks
-        self.images, self.bn_images = images, bn_images
-        self.best: dict[str, Any] | None = None  # {"arch", "metric", "step"}
+        self.images, self.bn_images, self.gap = images, bn_images, gap
+        self.best: dict[str, Any] | None = None  # {"arch", "metric", "step", "fits"}
         self.last: dict[str, Any] | None = None
+        self.history: list[dict[str, float]] = []
+        self.warned: dict[str, dict[str, Any]] = {}
+        self.norm: float | None = None  # of the gradient of the alphas, mean of the log's last window
+        self.peak: float | None = None  # its largest reading
 
     def __call__(self, now: Moment, strategy: Strategy) -> None:
         if not self.ranks.main:
             return
-        derived = strategy.architecture()
-        arch, fits = self.space.canonical(derived), strategy.fits(derived)
-        scores = self.read(strategy, arch)
-        self.log.now(now.step, {"select/top1": scores.top1, "select/loss": scores.loss, "select/fits": float(fits)})
+        row, fresh = self.look(now.step, now.steps, strategy)
+        self.log.now(now.step, {tag: value for tag, value in row.items() if "/" in tag})
+        if isinstance(self.log, RunLog):
+            for kind, words in fresh.items():
+                self.log.writer.add_text(f"health/warning/{kind}", words, now.step)
         self._draw(now.step, strategy.probabilities())
-        self.last = {"arch": arch, "metric": self.metric(scores), "step": now.step, "fits": fits}
+
+    def look(self, step: int, steps: int, strategy: Strategy) -> tuple[dict[str, float], dict[str, str]]:
+        """Reads what the strategy would derive after ``step``; sets ``last`` and ``best``. Returns the row that joins the
+        history, and the warnings that are new, which the log has said."""
+        derived, probabilities = strategy.architecture(), strategy.probabilities()
+        arch, fits = self.space.canonical(derived), strategy.fits(derived)
+        scores, mixed = self.read(strategy, arch, probabilities)
+        gap = None if mixed is None else mixed.top1 - scores.top1
+        found = health.read(self.space, arch, probabilities)
+        row = {"step": step, "select/top1": scores.top1, "select/loss": scores.loss, "select/fits": float(fits), **found.tags()}
+        if gap is not None:
+            row["health/gap"] = gap
+        self._gradient()
+        if self.norm is not None:
+            self.peak = max(self.norm, self.peak or 0.0)
+        self.history.append(row if self.norm is None else {**row, "norm": self.norm})
+        self.last = {"arch": arch, "metric": self.metric(scores), "step": step, "fits": fits}
         if fits and (self.best is None or scores.top1 > self.best["metric"]["value"]):
             self.best = dict(self.last)
+        said = health.warnings(found, progress=(step + 1) / steps, gap=gap, norm=self.norm, peak=self.peak)
+        fresh = {kind: words for kind, words in said.items() if kind not in self.warned}
+        for kind, words in fresh.items():
+            self.warned[kind] = {"step": step, "words": words}
+            _log.warning("health after step %d: %s", step + 1, words)
+        for kind in said:
+            self.warned[kind]["last"] = step
+        return row, fresh
 
-    def read(self, strategy: Strategy, arch: Arch) -> Scores:
-        """Recalibrated accuracy of ``arch`` in the weights that serve it."""
-        return score_archs(strategy.network(arch), [arch], self.data, "select", self.device, self.bn_images, self.images)[0]
+    def read(
+        self, strategy: Strategy, arch: Arch, probabilities: Mapping[str, Sequence[float]]
+    ) -> tuple[Scores, Scores | None]:
+        """Recalibrated accuracy of ``arch`` in the weights that serve it, and of the mixture in the same weights."""
+        settings: list[Mapping[str, Any]] = [arch]
+        if self.gap and probabilities and self.space.free:
+            settings.insert(0, health.relaxed(self.space, probabilities, self.device))
+        found = score_archs(strategy.network(arch), settings, self.data, "select", self.device, self.bn_images, self.images)
+        return found[-1], (found[0] if len(found) > 1 else None)
 
     def metric(self, scores: Scores) -> dict[str, Any]:
         return {
@@ -56,10 +100,18 @@ class Picks:
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "last": self.last}
+        self._gradient()
+        return {"best": self.best, "last": self.last, "history": self.history, "warned": self.warned, "norm": self.norm,
+                "peak": self.peak}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.last = state["best"], state["last"]
+        self.best, self.last, self.history, self.warned = state["best"], state["last"], state["history"], state["warned"]
+        self.norm, self.peak = state["norm"], state["peak"]
+
+    def _gradient(self) -> None:
+        """Takes the norm from the log's last window; of a resumed run, until its first window closes, the checkpoint's."""
+        if self.log.latest:
+            self.norm = self.log.latest.get("alpha/grad_norm")
 
     def _draw(self, step: int, probabilities: Mapping[str, Sequence[float]]) -> None:
         if not probabilities:

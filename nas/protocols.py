@@ -95,6 +95,10 @@ class Strategy(Protocol):
     def start(self, setup: Setup) -> None:
         """Make alphas, weight copies, Descents. Raises ValueError where setup and hyper-parameters do not fit."""
 
+    def passes(self) -> int:
+        """What one step costs: forward and backward passes of one batch, for comparisons at equal cost."""
+        ...
+
     def update(self, draw: Draw, now: Moment) -> Metrics:
         """ONE step of the paper."""
         ...

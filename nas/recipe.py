@@ -6,17 +6,21 @@ trusted like code. A name without a path is a shipped one (nas/recipes/NAME.yaml
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import difflib
 import importlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
+from nas.bilevel import Weights
 from nas.data import Data
 from nas.explain import explain, keys_of
 from nas.losses import CrossEntropy
@@ -65,6 +69,11 @@ def search_parser() -> ArgumentParser:
     parser.add_argument("--evaluate.every", type=int, default=1, help="epochs between readings of the derived architecture")
     parser.add_argument("--evaluate.images", type=int | None, default=None, help="images of the select split; default all")
     parser.add_argument("--evaluate.bn_images", type=int, default=2000, help="training images that recalibrate batch norms")
+    parser.add_argument("--evaluate.gap", type=bool, default=True, help="read the accuracy of the mixture as well")
+    parser.add_argument("--beside.random", type=int, default=0,
+                        help="random networks, trained alone at equal cost and compared with the found one; 0: none")
+    parser.add_argument("--beside.weights", type=Weights | None, default=None,
+                        help="how each of them is trained; default: as the strategy trains its own weights")
     parser.add_argument("--retrain", type=dict[str, Any], default={}, help="what nas retrain does with the result")
     parser.add_argument("--init", type=str | None, default=None, help="weights.safetensors into the largest network")
     add_run_options(parser)
@@ -124,11 +133,16 @@ def parse(parser: ArgumentParser, base: Mapping[str, Any], overrides: Sequence[s
     """
     words = [word for word in overrides if word != "--print_config"]
     _check_form(parser, base)
+    base, words = _nulls(base, words)
     with _one_line(parser):
-        config = parser.parse_object(dict(base)) if base else None
-        parsed = parser.parse_args(words, namespace=config)
+        # The base goes in as an argument: of an optional dataclass (a budget) in a namespace, jsonargparse does not know
+        # the type any more, and could not override its keys.
+        if base and "base" not in keys_of(parser):
+            parser.add_argument("--base", action="config", help=SUPPRESS)
+        parsed = parser.parse_args([*(["--base", json.dumps(base)] if base else []), *words])
+    parsed.pop("base", None)
     _check_values(parser, parsed)
-    if len(words) < len(overrides):
+    if "--print_config" in overrides:
         print(yaml.safe_dump(plain_config(parser, parsed), sort_keys=False), end="")
         sys.exit(0)
     return parsed
@@ -181,16 +195,46 @@ def _check_values(parser: ArgumentParser, config: Namespace) -> None:
         raise UsageError(f"max_time = {config.max_time} seconds. Allowed: above 0, or none.")
 
 
+def _nulls(base: Mapping[str, Any], words: Sequence[str]) -> tuple[Mapping[str, Any], list[str]]:
+    """``null`` for a key of a section of the strategy (--strategy.weights.clip null) said in the recipe itself: as an
+    argument, jsonargparse 4.53 refuses it."""
+    kept: list[str] = []
+    given = list(words)
+    while given:
+        word = given.pop(0)
+        key, equals, value = word.partition("=")
+        path = [part for part in key.removeprefix("--").split(".") if part != "init_args"]
+        value = value if equals else given[0] if given else ""
+        if len(path) != 3 or path[0] != "strategy" or value != "null" or not isinstance(base.get("strategy"), Mapping):
+            kept.append(word)
+            continue
+        if not equals:
+            given.pop(0)
+        strategy = copy.deepcopy(dict(base["strategy"]))
+        section = (strategy.setdefault("init_args", None) or {}).setdefault(path[1], None) or {}
+        strategy["init_args"] = {**(strategy["init_args"] or {}), path[1]: {**section, path[2]: None}}
+        base = {**base, "strategy": strategy}
+    return base, kept
+
+
 def build(spec: Namespace, **more: Any) -> Any:
     """The object of a ``class_path`` / ``init_args`` pair. Classes outside this project are imported, as a recipe may name
     them. ValueError of the class itself passes through; a missing argument is a UsageError."""
     module, _, name = spec.class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     given = spec.init_args.as_dict() if spec.get("init_args") else {}
+    hints = get_type_hints(kind.__init__)
+    given = {key: _section(hints.get(key), value) for key, value in given.items()}
     try:
         return kind(**given, **more)
     except TypeError as error:
         raise UsageError(f"{spec.class_path}: {error}. Check init_args in the recipe.") from None
+
+
+def _section(hint: Any, value: Any) -> Any:
+    """Keys and values as the dataclass that an argument is declared to be (alone, or one or None); anything else as it is."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    return kinds[0](**value) if kinds and isinstance(value, dict) else value
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ From Python, on your own images and without a recipe:
 
     data = from_dataset(MyImages(), classes=["cat", "dog"], batch_size=64, valid_fraction=0.5)
     net = ResNet(CifarResNet(depth=20), channels=data.shape[0], classes=len(data.classes))
-    found = search(data, net, TAS(target="55%"), epochs=30, out="runs/mine")
+    found = search(data, net, TAS(target="55%"), epochs=30, out="runs/mine")      # beside=8: random search, too
     found.bundle("runs/mine/bundle")
 """
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from nas import ranks
+from nas.beside import NONE, Beside, compare, words
 from nas.build import Built, arch_file, device_of, gather
 from nas.bundle import prove, write_bundle
 from nas.data import Data
@@ -29,6 +31,7 @@ from nas.losses import CrossEntropy
 from nas.picks import Picks
 from nas.protocols import Strategy
 from nas.recalibrate import install
+from nas.report import report, write_whole
 from nas.run import Run
 from search_spaces.arch import ArchFile, read_arch, write_arch
 from search_spaces.space import Arch
@@ -38,12 +41,13 @@ _log = logging.getLogger("nas")
 
 
 class Found(NamedTuple):
-    """What a search found: ``arch`` is the content of ``folder``/arch.json."""
+    """What a search found: ``arch`` is the content of ``folder``/arch.json, ``random`` that of random.json, where asked."""
 
     folder: Path
     arch: ArchFile
     built: Built
     config: dict[str, Any]
+    random: dict[str, Any] | None = None
 
     def bundle(self, out: str | Path, inherit: bool = True, onnx: bool = False, pt2: bool = False) -> Path:
         """The plain network as a folder (nas/bundle.py), proven as ``nas extract`` does. Raises like ``bundle``."""
@@ -53,11 +57,13 @@ class Found(NamedTuple):
 
 def search(
     data: Data | Loaders, net: Any, strategy: Strategy, *, epochs: int, out: str | Path, seed: int = 1,
-    device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1,
+    device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1, gap: bool = True,
+    beside: int = 0,
 ) -> Found:  # fmt: skip
     """``nas search`` for objects of your own: trains ``net`` over ``net.space`` in the run folder ``out``.
 
-    ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture.
+    ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture,
+    with ``gap`` of the mixture too. ``beside``: random networks to train at equal cost afterwards (nas/beside.py).
     ``resume``: "auto" goes on where a killed run of ``out`` stopped. Ctrl-C and SIGTERM save, then raise SystemExit.
     Raises ValueError where the parts do not fit, before a folder is made.
     """
@@ -68,47 +74,78 @@ def search(
     # Loaders answers what Data does; only recipes build Data from arguments.
     built = gather(cast(Data, data), net.to(place), strategy, loss or CrossEntropy(), epochs=epochs, seed=seed,
                    device=place, group=group)  # fmt: skip
-    rehearse(built)
+    rehearse(built, Beside(beside))
     space = {"name": net.space.name, "args": net.space.args}
     values = json.loads(json.dumps(vars(strategy), default=str))
     config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe()},
-              "epochs": epochs, "seed": seed, "every": every}  # fmt: skip
+              "epochs": epochs, "seed": seed, "every": every, "gap": gap}  # fmt: skip
     run = Run(out, config, device=place, ranks=group, resume=resume)
     try:
-        outcome, path = train(built, run, config, seed=seed, every=every)
+        ended = train(built, run, config, seed=seed, every=every, gap=gap, beside=Beside(beside))
     finally:
         run.close()
-    if outcome.reason != "done":
-        raise SystemExit(outcome.exit)
-    return Found(run.folder, read_arch(ranks.share(str(path))), built, config)
+    if ended.outcome.reason != "done":
+        raise SystemExit(ended.outcome.exit)
+    path, random = json.loads(ranks.share(json.dumps([str(ended.path), ended.random])))
+    return Found(run.folder, read_arch(path), built, config, random)
 
 
-def rehearse(built: Built) -> None:
-    """ValueError for what does not fit, before a folder is made: the strategy's budget, a split that picks would read."""
+def rehearse(built: Built, beside: Beside) -> None:
+    """ValueError for what does not fit, before a folder is made: the strategy's budget, a split that picks would read, more
+    random networks than there are steps for them."""
     built.data.reads("select")
     copy.copy(built.strategy).start(built.setup)
+    beside.length(built)
+
+
+class Ended(NamedTuple):
+    """How a run ended. Main rank: ``path`` of arch.json where the search is done, ``random`` where random search is too."""
+
+    outcome: Outcome
+    path: Path | None = None
+    random: dict[str, Any] | None = None
 
 
 def train(
     built: Built, run: Run, config: Mapping[str, Any], *, seed: int, every: int = 1, images: int | None = None,
-    bn_images: int = 2000, max_time: float | None = None,
-) -> tuple[Outcome, Path | None]:  # fmt: skip
-    """Trains in the folder of ``run``. Returns how it ended, and the path of arch.json (the main rank, where it is done).
+    bn_images: int = 2000, gap: bool = True, beside: Beside = NONE, max_time: float | None = None,
+) -> Ended:  # fmt: skip
+    """Trains in the folder of ``run``, writes arch.json and report.md; then ``beside``, random.json and the report anew.
 
-    ``every``: epochs between readings on ``images`` of the select split, after ``bn_images`` recalibrated batch norms.
+    ``every``: epochs between readings on ``images`` of the select split, after ``bn_images`` recalibrated batch norms;
+    ``gap``: of the mixture too. ``max_time``: seconds for all of it.
     """
+    began = time.monotonic()
     if built.ranks.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
     feed = built.data.feed(seed, built.device, built.ranks.rank, built.ranks.world)
-    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images)
+    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images, gap)
     acts = [(every * built.setup.epoch_steps, picks)]
     outcome = run.fit(built.strategy, built.setup, feed, seed=seed, every=acts, max_time=max_time, keep={"picks": picks})
-    if not built.ranks.main:
-        return outcome, None
     if outcome.reason != "done":
-        _log.info("stopped (%s) after step %d; continue with --resume auto --out %s", outcome.reason, outcome.step, run.folder)
-        return outcome, None
-    return outcome, conclude(built, picks, config, run.folder)
+        return _stop(built, run, outcome, "")
+    chosen = conclude(built, picks, config, run.folder) if built.ranks.main else None
+    path = run.folder / "arch.json" if chosen else None
+    if not beside.networks:
+        return Ended(outcome, path)
+    left = None if max_time is None else max(max_time - (time.monotonic() - began), 1e-6)
+    arch = json.loads(ranks.share(json.dumps(chosen["arch"] if chosen else None)))
+    outcome, random = compare(built, arch, beside, config, run.folder, seed=seed, images=images, bn_images=bn_images,
+                              max_time=left)  # fmt: skip
+    if outcome.reason != "done":
+        return _stop(built, run, outcome, " of random search")._replace(path=path)
+    if random and chosen:
+        write_whole(run.folder / "random.json", json.dumps(random, indent=2) + "\n")
+        _report(built, picks, config, run.folder, chosen, random)
+        _log.info("random.json: %s", words(random))
+    return Ended(outcome, path, random)
+
+
+def _stop(built: Built, run: Run, outcome: Outcome, where: str) -> Ended:
+    if built.ranks.main:
+        _log.info("stopped (%s) after step %d%s; continue with --resume auto --out %s", outcome.reason, outcome.step, where,
+                  run.folder)  # fmt: skip
+    return Ended(outcome)
 
 
 def stopped(run: Run, outcome: Outcome) -> dict[str, Any]:
@@ -116,22 +153,13 @@ def stopped(run: Run, outcome: Outcome) -> dict[str, Any]:
     return {"run": str(run.folder), "stopped": outcome.reason, "step": outcome.step}
 
 
-def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path) -> Path:
-    """Writes arch.json (the last architecture, as published; the best one where the last misses the budget) and
-    arch-best.json. Returns the path of arch.json."""
-    last = picks.last
-    derived = built.strategy.architecture()
-    arch = built.space.canonical(derived)
-    if last is None or last["arch"] != arch or last["step"] != built.setup.steps - 1:
-        scores = picks.read(built.strategy, arch)
-        last = {"arch": arch, "metric": picks.metric(scores), "fits": built.strategy.fits(derived)}
-    best = picks.best
-    if last["fits"] and (best is None or last["metric"]["value"] > best["metric"]["value"]):
-        best = last
-
-    def write(name: str, pick: Mapping[str, Any]) -> None:
-        write_arch(folder / name, arch_file(built, pick["arch"], {"top1": pick["metric"]}, config), built.space)
-
+def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes arch.json (the last architecture, as published; the best one where the last misses the budget),
+    arch-best.json and report.md. Returns what arch.json holds: {"arch", "metric", "fits", ...}."""
+    if picks.last is None or picks.last["step"] != built.setup.steps - 1:
+        picks.look(built.setup.steps - 1, built.setup.steps, built.strategy)
+    last, best = picks.last, picks.best
+    assert last is not None
     chosen = last
     if not last["fits"]:
         if best is None:
@@ -140,16 +168,31 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
         else:
             _log.warning("the last architecture misses the budget: arch.json holds the best one that meets it")
             chosen = best
-            write("arch-last.json", last)
-    write("arch.json", chosen)
+            _write(built, last, config, folder / "arch-last.json")
+    file = _write(built, chosen, config, folder / "arch.json")
     if best is not None:
-        write("arch-best.json", best)
-    costs, full = built.prices(chosen["arch"]), built.prices(built.space.root.largest())
+        _write(built, best, config, folder / "arch-best.json")
+    _report(built, picks, config, folder, chosen)
+    full = built.prices(built.space.root.largest())
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
-              "in the supernet's weights, recalibrated batch norm", f"{costs['macs']:,}", 100 * costs["macs"] / full["macs"],
-              f"{costs['params']:,}", 100 * costs["params"] / full["params"], chosen["metric"]["split"],
-              chosen["metric"]["value"], chosen["metric"]["n"])
-    return folder / "arch.json"
+              "in the supernet's weights, recalibrated batch norm", f"{file.costs['macs']:,}",
+              100 * file.costs["macs"] / full["macs"], f"{file.costs['params']:,}",
+              100 * file.costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
+              chosen["metric"]["n"])  # fmt: skip
+    return chosen
+
+
+def _write(built: Built, pick: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> ArchFile:
+    file = arch_file(built, pick["arch"], {"top1": pick["metric"]}, config)
+    write_arch(path, file, built.space)
+    return file
+
+
+def _report(
+    built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, chosen: Mapping[str, Any],
+    random: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    write_whole(folder / "report.md", report(built, picks, chosen, config, folder, random))
 
 
 def bundle(

@@ -72,3 +72,15 @@ def require(name: str, value: Any, options: Sequence[Value]) -> None:
         near = next(iter(difflib.get_close_matches(str(value), [str(option) for option in options], n=1)), None)
     raise ValueError(f"{name} = {value} is not in this space. Allowed: {listed(options)}." +
                      (f" Nearest: {near}." if near is not None else ""))
+
+
+def positive(name: str, value: Any) -> int:
+    """``value``; ValueError where it is not an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} = {value}: give an integer, 1 or more.")
+    return value
+
+
+def likeliest(odds: Mapping[Value, float]) -> Value:
+    """The most probable option; of equal ones, the first."""
+    return max(odds, key=lambda option: odds[option])

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from search_spaces.choice import Arch, Choice, Mixture, Setting, Tie, Value, listed, require
+from search_spaces.choice import Arch, Choice, Mixture, Setting, Tie, Value, likeliest, listed, require
 from search_spaces.count import count
 
 __all__ = ["Arch", "Choice", "Mixture", "SearchSpace", "Setting", "Tie", "Value", "require"]
@@ -32,9 +32,12 @@ class SearchSpace:
     """A set of architectures. ``choices`` hold the remaining options, in the root's order.
 
     ``name``: "resnet.CifarResNet" inside search_spaces. ``args``: JSON data, enough to rebuild the root.
-    ``ties``: follower -> Tie. ``root``: the space before any restrict or tie.
+    ``ties``: follower -> Tie. ``root``: the space before any restrict or tie. ``skips``, ``nones``: the options of
+    unordered choices that pass their input on as it is, and those that give nothing at all (cell spaces).
     """
 
+    skips: tuple[str, ...] = ()
+    nones: tuple[str, ...] = ()
     name: str
     args: dict[str, Any]
     choices: tuple[Choice, ...]
@@ -109,6 +112,10 @@ class SearchSpace:
         args = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
         return f"{self.name}({args})" + ("" if self._root is None else " restricted")
 
+    def part(self, name: str) -> str:
+        """The part of the network that a choice belongs to, such as "normal"; "" where a space has no parts."""
+        return ""
+
     # ---- architectures ------------------------------------------------------------------------------------------
 
     def largest(self) -> Arch:
@@ -119,10 +126,11 @@ class SearchSpace:
         """The first option of every ordered choice, the cheap one of every other; canonical."""
         return self.canonical(self._follow({c.name: self._extreme(c, self._cheap, 0) for c in self.choices}))
 
-    @staticmethod
-    def _extreme(choice: Choice, named: Mapping[str, Value], end: int) -> Value:
+    def _extreme(self, choice: Choice, named: Mapping[str, Value], end: int) -> Value:
+        """The named option; where it is gone, the last or first that is left and gives something."""
         value = named.get(choice.name)
-        return value if value is not None and value in choice.options else choice.options[end]
+        some = [option for option in choice.options if option not in self.nones] or choice.options
+        return value if value is not None and value in choice.options else some[end]
 
     def sample(self, rng: random.Random) -> Arch:
         """Uniform in every free choice, followers set; canonical."""
@@ -135,14 +143,19 @@ class SearchSpace:
         with one remaining option, or a follower, may be missing. Not canonical: the settings of inert choices are
         their argmax too (TAS's estimator reads them). Raises ValueError for unknown or missing names, a wrong K, nan.
         """
+        odds = self._odds(probabilities)
+        return self._follow({c.name: likeliest(odds[c.name]) if c.name in odds else c.options[0]
+                             for c in self.choices})
+
+    def _odds(self, probabilities: Mapping[str, Sequence[float]]) -> dict[str, dict[Value, float]]:
+        """For each choice with a row, its remaining options' probabilities. Raises ValueError as ``derive`` says."""
         for name in probabilities:
             if name not in self._at:
                 raise ValueError(self._unknown(name))
-        arch: Arch = {}
+        found: dict[str, dict[Value, float]] = {}
         for choice, root in zip(self.choices, self.root.choices):
             row = probabilities.get(choice.name)
             if row is None and (len(choice.options) == 1 or choice.name in self.ties):
-                arch[choice.name] = choice.options[0]
                 continue
             if row is None or len(row) != len(root.options):
                 given = "none" if row is None else str(len(row))
@@ -151,8 +164,8 @@ class SearchSpace:
             odds = {option: float(p) for option, p in zip(root.options, row) if option in choice.options}
             if any(math.isnan(p) for p in odds.values()):
                 raise ValueError(f"The probabilities of {choice.name} hold nan: {listed(odds.values())}.")
-            arch[choice.name] = max(odds, key=lambda option: odds[option])
-        return self._follow(arch)
+            found[choice.name] = odds
+        return found
 
     def _follow(self, arch: Arch) -> Arch:
         """``arch`` with every follower's setting as its leader's asks."""
@@ -180,6 +193,27 @@ class SearchSpace:
     def key(self, arch: Mapping[str, Value]) -> Hashable:
         """Equal for architectures whose canonical forms are equal, in a space and all its restrictions."""
         return tuple(self.canonical(arch).values())
+
+    def text(self, arch: Mapping[str, Value]) -> str:
+        """One line that ``parse`` reads back: name=value,name=value of the canonical architecture."""
+        return ",".join(f"{name}={value}" for name, value in self.canonical(arch).items())
+
+    def parse(self, text: str) -> Arch:
+        """The architecture that ``text`` writes down, canonical; of the root: ``check`` judges a restriction.
+
+        Raises ValueError for another form, missing, double or unknown names, and options off the root's lists.
+        """
+        arch: Arch = {}
+        for word in text.strip().split(","):
+            name, equals, value = (part.strip() for part in word.partition("="))
+            if not equals:
+                raise ValueError(f"{word!r} is not name=value. {self.name} is written name=value,name=value.")
+            options = {str(option): option for option in self.root[name].options}
+            require(name, value, tuple(options))
+            if name in arch:
+                raise ValueError(f"{name} is set twice, to {arch[name]} and to {value}. Set it once.")
+            arch[name] = options[value]
+        return self.canonical(arch)
 
     def check(self, arch: Mapping[str, Value]) -> None:
         """ValueError for missing or unknown names, and for counting settings outside the remaining options."""
@@ -274,7 +308,9 @@ class SearchSpace:
             image = {values[option] for option in kept[leader]}
             options[name] = tuple(option for option in self.root[name].options if option in image)
         space = copy.copy(self)
-        space.__dict__.pop("size", None)  # counted for the other options
+        for name in tuple(vars(space)):
+            if isinstance(getattr(type(space), name, None), functools.cached_property):
+                del vars(space)[name]  # worked out for the other options
         space._root = self.root
         space.ties = dict(ties)
         space.choices = tuple(Choice(c.name, options[c.name], c.ordered, c.needs) for c in self.choices)
@@ -323,11 +359,16 @@ class SearchSpace:
             if choice.name not in self.ties:
                 places = np.array([root.options.index(option) for option in choice.options], dtype=np.int16)
                 codes[:, i] = places[rng.integers(len(places), size=n)]
+        return self.canonical_codes(self._follow_codes(codes))
+
+    def _follow_codes(self, codes: np.ndarray) -> np.ndarray:
+        """``_follow`` for codes (N, M): a copy in which every follower is as its leader asks."""
+        codes = codes.copy()
         for name, (leader, values) in self.ties.items():
             places = np.array([self.root[name].options.index(values[option]) if option in values else 0
                                for option in self.root[leader].options], dtype=np.int16)
             codes[:, self._at[name]] = places[codes[:, self._at[leader]]]
-        return self.canonical_codes(codes)
+        return codes
 
     def _coded(self, codes: np.ndarray) -> np.ndarray:
         codes = np.asarray(codes)

@@ -80,7 +80,8 @@ def init_linear(layer: nn.Linear | ElasticLinear, generator: torch.Generator | N
 
 
 class Normalise(nn.Module):
-    """Batch norm of the first c of C channels, with its own scale and shift per candidate width, or shared ones.
+    """Batch norm of the first c of C channels, with its own scale and shift per candidate width, shared ones, or none
+    (``affine=False``).
 
     In training it normalises with the batch's own statistics and writes no buffer (law 7); in evaluation it reads
     ``running_mean`` and ``running_var``, which only recalibration writes (nas.recalibrate hooks this module).
@@ -90,11 +91,11 @@ class Normalise(nn.Module):
     running_var: Tensor
     eps = 1e-5
 
-    def __init__(self, widths: Sequence[int], separate: bool) -> None:
+    def __init__(self, widths: Sequence[int], separate: bool, affine: bool = True) -> None:
         super().__init__()
         C = max(widths)
         self.index = {c: k if separate else 0 for k, c in enumerate(widths)}
-        sizes = widths if separate else (C,)
+        sizes = () if not affine else widths if separate else (C,)
         self.weight = nn.ParameterList([nn.Parameter(torch.ones(c)) for c in sizes])
         self.bias = nn.ParameterList([nn.Parameter(torch.zeros(c)) for c in sizes])
         self.register_buffer("running_mean", torch.zeros(C))

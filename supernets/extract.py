@@ -1,9 +1,10 @@
-"""Supernet + architecture -> plain torch.fx GraphModule, made of torch.nn modules alone (DESIGN.md section 5)."""
+"""Supernet + architecture -> plain torch.fx GraphModule, made of torch.nn modules alone (DESIGN.md section 5), and the form in
+which networks with an auxiliary head or drop path are trained."""
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,9 +13,51 @@ from search_spaces.space import Mixture, Value
 from supernets.elastic import Leaf
 
 
+class DropPath(nn.Module):
+    """Each sample is kept with probability 1 - ``drop`` and then divided by it, in training (DARTS, released code)."""
+
+    def forward(self, y: Tensor, drop: float) -> Tensor:  # (B, C, H, W) -> the same
+        if not self.training or not drop:
+            return y
+        keep = 1.0 - drop
+        return y * (y.new_empty(len(y), 1, 1, 1).bernoulli_(keep) / keep)
+
+
+@runtime_checkable
+class Tapped(Protocol):
+    """A supernet whose networks can be trained with drop path and an auxiliary head."""
+
+    def tapped(self, x: Tensor, arch: Mapping[str, Any], drop: float) -> tuple[Tensor, Tensor]:
+        """Logits, and the features that the head reads. ``drop`` goes to ``DropPath`` modules and nowhere else: in a trace it
+        has no value."""
+        ...
+
+    def head(self, features: tuple[int, int, int]) -> nn.Module:
+        """A fresh auxiliary head for features (C, H, W)."""
+        ...
+
+
+class TrainingForm(nn.Module):
+    """``network``, the plain network, whose graph takes the strength of drop path beside x, and its auxiliary head.
+
+    ``forward(x, drop)``: in training with a head the logits of both, (2, B, N); else those of the network, (B, N). The keys
+    and weights of ``network`` are those of the plain network without either.
+    """
+
+    def __init__(self, network: fx.GraphModule, head: nn.Module | None) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, x: Tensor, drop: float = 0.0) -> Tensor:
+        logits, features = self.network(x, drop)
+        if self.head is None or not self.training:
+            return logits
+        return torch.stack([logits, self.head(features)])
+
+
 class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Leaf) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Leaf, DropPath)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Plains(fx.Interpreter):
@@ -43,9 +86,12 @@ class _Plains(fx.Interpreter):
 def bound(net: nn.Module, arch: Mapping[str, Value]) -> nn.Module:
     """``net`` (its own modules, not copies) with a forward that takes ``x`` alone."""
     original = type(net).forward
-    kind = type(type(net).__name__, (type(net),), {"forward": lambda self, x: original(self, x, dict(arch))})
+    return _with_forward(net, lambda self, x: original(self, x, dict(arch)))
+
+
+def _with_forward(net: nn.Module, forward: Any) -> nn.Module:
     alone = copy.copy(net)
-    alone.__class__ = kind
+    alone.__class__ = type(type(net).__name__, (type(net),), {"forward": forward})
     return alone
 
 
@@ -58,6 +104,33 @@ def extract(
     state-dict keys, are the supernet's own. Raises ValueError for mixtures, where weights cannot be inherited
     (``Leaf.plain``), and, since there are no weights to inherit, for options that the root space does not have.
     """
+    _check(net, arch, inherit)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _made(net, bound(net, arch), arch, x, inherit)[0]
+
+
+def training_form(
+    net: nn.Module, arch: Mapping[str, Value], x: Tensor, inherit: bool = False, seed: int = 0, head: bool = True
+) -> TrainingForm:
+    """The network that ``extract`` makes of the same arguments, in its training form. ``head``: with an auxiliary head, whose
+    weights are always fresh. ValueError where the networks of ``net`` have neither head nor drop path."""
+    _check(net, arch, inherit)
+    if not isinstance(net, Tapped):
+        raise ValueError(
+            f"the networks of {type(net).__module__}.{type(net).__name__} have neither an auxiliary head nor drop path: train "
+            "them without (auxiliary 0, drop_path 0)."
+        )
+    original = type(net).tapped
+    alone = _with_forward(net, lambda self, x, drop=0.0: original(self, x, dict(arch), drop))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        graph, (_, features) = _made(net, alone, arch, x, inherit)
+        own = net.head(tuple(features.shape[1:])).to(features) if head else None
+    return TrainingForm(graph, own).train(net.training)
+
+
+def _check(net: nn.Module, arch: Mapping[str, Value], inherit: bool) -> None:
     for name, setting in arch.items():
         if isinstance(setting, Mixture):
             raise ValueError(f"{name} is a mixture, and a plain network has one option of each choice: give a hard arch.")
@@ -65,13 +138,16 @@ def extract(
         net.space.root.check(arch)  # type: ignore[union-attr, operator]
     else:
         net.space.root.counting(arch)  # type: ignore[union-attr, operator]  # values off the lists, but complete
-    alone = bound(net, arch)
+
+
+def _made(
+    net: nn.Module, alone: nn.Module, arch: Mapping[str, Value], x: Tensor, inherit: bool
+) -> tuple[fx.GraphModule, Any]:
+    """The plain graph of ``alone``, and what it makes of ``x``."""
     tracer = _LeafTracer()
     traced = fx.GraphModule(alone, tracer.trace(alone))
     plains = _Plains(traced, arch, inherit)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        plains.run(x)
+    out = plains.run(x)
     modules: dict[str, nn.Module] = {}
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}
@@ -83,7 +159,7 @@ def extract(
         made[node] = graph.node_copy(node, lambda n: made[n])
         if node.op == "call_module":
             modules[node.target] = copy.deepcopy(traced.get_submodule(node.target))
-    return fx.GraphModule(modules, graph, class_name=type(net).__name__).train(net.training)
+    return fx.GraphModule(modules, graph, class_name=type(net).__name__).train(net.training), out
 
 
 def _inline(graph: fx.Graph, leaf: fx.Node, plain: nn.Module, inputs: list[Any], modules: dict[str, nn.Module]) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from search_spaces.sizes import Layout, Size
 
+VIEWS = ("derived", "searched", "estimated")
+
 
 class Shape(NamedTuple):
     """One plain layer. ``hw`` is the OUTPUT size (1, 1 for a linear layer on pooled features)."""
@@ -58,6 +60,12 @@ def term(name: str, op: str, sizes: Sequence[Size], when: When | None, shape: Ca
         return shape(*(size.of(*(of[name] for name in size.on)) for size in sizes))
 
     return Layer(name, op, on, evaluate)
+
+
+def known_view(view: str) -> None:
+    """ValueError for a cost view that is not one of ``VIEWS``."""
+    if view not in VIEWS:
+        raise ValueError(f"view = {view!r} is not known. Allowed: {', '.join(VIEWS)}.")
 
 
 def inputs(op: str, into: Layout, source: Size | None) -> list[tuple[str, Size]]:

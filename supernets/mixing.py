@@ -106,20 +106,47 @@ class _Gate(torch.autograd.Function):
         return grad, dots.to(weights.dtype), None, None
 
 
-def blend(candidates: Sequence[Callable[[Tensor], Tensor]], x: Tensor, mixture: Mixture) -> Tensor:
+Scaled = tuple[Tensor, Tensor | None]
+"""(y, rest): what a candidate makes of x, and the weight that is still to be multiplied (None: it is in y already)."""
+
+Candidate = Callable[[Tensor, Tensor | None], Scaled]
+"""f(x, w) -> (y, rest): a candidate that ends in a batch norm takes the weight w () in as its scale, at no cost; others
+hand it back. w None: y is f(x)."""
+
+
+def blend(
+    candidates: Sequence[Candidate | None], x: Tensor, mixture: Mixture, empty: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """sum over the active candidates of w_j f_j(x), and what ``idle`` says of the others.
 
     The only place that reads ``active`` and ``idle`` for candidate operations; ``fold`` has the same duty for widths.
-    ``candidates[j]`` belongs to ``mixture.options[j]`` and is called only if it counts. ValueError where none is active.
+    ``candidates[j]`` belongs to ``mixture.options[j]`` and is called only if it counts. A candidate None is zero: it is
+    never computed, its weight gets no gradient; ``empty(x)`` is the zero of a mixture that computes nothing else.
+    ValueError where no option is active.
     """
     if not active(mixture):
         raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
+    counting = [j for j in active(mixture) if candidates[j] is not None]
+    if not counting:
+        if empty is None:
+            raise ValueError(f"a mixture over {mixture.options} computes nothing here, and no zero is given")
+        return plus_idle(empty(x), idle_ones(mixture))
+
+    def alone(j: int, x: Tensor) -> Tensor:
+        candidate = candidates[j]
+        return candidate(x, None)[0] if candidate is not None else torch.zeros((), dtype=x.dtype, device=x.device)
+
     if mixture.idle == "gate":
-        out = torch.stack([candidates[j](x) for j in active(mixture)]).sum(0)
-        return _Gate.apply(out, mixture.weights, x.detach(), lambda j, x: candidates[j](x))
+        return _Gate.apply(reduce(torch.add, [alone(j, x) for j in counting]), mixture.weights, x.detach(), alone)
     w = mixture.weights.to(x.dtype).unbind(0)
-    first, *others = active(mixture)
-    out = w[first] * candidates[first](x)
-    for j in others:
-        out = torch.addcmul(out, w[j], candidates[j](x))  # one pass over the features, not two
+    out: Tensor | None = None
+    for j in counting:
+        candidate = candidates[j]
+        assert candidate is not None
+        y, rest = candidate(x, w[j])
+        if out is None:
+            out = y if rest is None else y * rest
+        else:
+            out = out + y if rest is None else torch.addcmul(out, rest, y)  # one pass over the features, not two
+    assert out is not None
     return plus_idle(out, idle_ones(mixture))

@@ -162,8 +162,10 @@ class _Reading:
         self.graph = graph
         order = list(graph.graph.nodes)
         self.output = order[-1]
-        alive = {self.output}
-        for node in reversed(order):  # dead nodes would give a group outputs that nobody reads
+        # Modules whose result nobody reads count: their weights are in the state dict. Other dead nodes would give a group
+        # outputs that nobody reads.
+        alive = {self.output, *(node for node in order if node.op == "call_module")}
+        for node in reversed(order):
             if node in alive:
                 alive.update(node.all_input_nodes)
         self.nodes = [n for n in order if n in alive and n.op not in ("placeholder", "output")]

@@ -16,10 +16,8 @@ from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.sizes import Segment, Size
 from search_spaces.space import Mixture, Setting
 from supernets.elastic import ElasticConv, ElasticLinear, Leaf, ResidualSum
-from supernets.layers import Layer, When
+from supernets.layers import Layer, When, known_view
 from supernets.mixing import active, blend, interpolate_channels
-
-VIEWS = ("derived", "searched", "estimated")
 
 
 class Block(nn.Module):
@@ -136,7 +134,7 @@ class ResNet(nn.Module):
             if b + 1 in wanted:
                 taps[b + 1] = x
         C = max(tap.shape[1] for tap in taps.values())
-        candidates = [lambda _, d=int(d): interpolate_channels(taps[d], C) for d in depth.options]
+        candidates = [lambda _, w, d=int(d): (interpolate_channels(taps[d], C), w) for d in depth.options]
         return blend(candidates, x, depth)
 
     # -- readings ---------------------------------------------------------------------------------------------------
@@ -149,8 +147,7 @@ class ResNet(nn.Module):
         unequal widths are not counted; "estimated": the released code's cost of a hard architecture: as "searched", with
         those projections.
         """
-        if view not in VIEWS:
-            raise ValueError(f"view = {view!r} is not known. Allowed: {', '.join(VIEWS)}.")
+        known_view(view)
         hw = _halved(input_size) if self.imagenet else input_size
         records = self.stem.layers(hw)
         if self.pool is not None:

@@ -19,8 +19,8 @@ from nas.cost import budget
 from nas.engine import seed_from
 from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
 from nas.search import bundle
-from search_spaces.arch import read_arch
-from search_spaces.space import Arch
+from search_spaces.arch import ArchFile, read_arch
+from search_spaces.space import Arch, SearchSpace
 
 _log = logging.getLogger("nas")
 SOURCES = ("auto", "inherited", "scratch")
@@ -48,13 +48,13 @@ def run(argv: Sequence[str]) -> int:
     config = parse(parser, {}, own)
     if config.weights not in SOURCES:
         raise UsageError(f"--from {config.weights} is not known. Allowed: {', '.join(SOURCES)}.")
-    folder, built, plain = load_source(config.source, [*overrides, f"--device={config.device}"])
+    inherit = config.weights != "scratch"
+    folder, built, plain = load_source(config.source, [*overrides, f"--device={config.device}"], weights=inherit)
     out = Path(config.out) if config.out else (folder / "bundle" if folder else None)
     if out is None:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
     arch, metrics = arch_of(config.arch, folder, built)
-    inherit = config.weights != "scratch"
-    make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None, bn_images=config.bn_images,
+    make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None and inherit, bn_images=config.bn_images,
                    onnx=config.onnx, pt2=config.pt2)  # fmt: skip
     try:
         path, report = make(inherit=inherit)
@@ -85,18 +85,27 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def load_source(source: str, overrides: Sequence[str]) -> tuple[Path | None, Built, dict[str, Any]]:
-    """A run folder with its trained weights, or a recipe with fresh ones: (folder, objects, config)."""
+def load_source(
+    source: str, overrides: Sequence[str], weights: bool = True
+) -> tuple[Path | None, Built, dict[str, Any]]:
+    """A run folder with its trained weights, or a recipe with fresh ones: (folder, objects, config).
+
+    ``weights``: False leaves those of the run aside, so that ``overrides`` may ask for another size of its networks.
+    """
     parser = search_parser()
     place = Path(source)
     folder = place if place.is_dir() else None
     if folder is None and len(place.parts) > 1 and place.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{source}: there is no such folder. Give a run folder that nas search wrote, or a recipe.")
-    parsed = parse(parser, read(find(source)) if folder is None else recipe_of_run(folder), overrides)
+    recipe = read(find(source)) if folder is None else recipe_of_run(folder)
+    parsed = parse(parser, recipe, overrides)
+    if folder is not None and weights and parsed.space != parse(parser, recipe, []).space:
+        raise UsageError("--space.*: the weights of a run are of its own space, so they cannot be inherited by another. "
+                         "nas extract --from scratch makes such a network with fresh weights.")  # fmt: skip
     parsed.init = parsed.init if folder is None else None
     built = assemble(parsed)
     torch.manual_seed(seed_from(parsed.seed, "start"))
-    if folder is not None:
+    if folder is not None and weights:
         built.strategy.start(built.setup)
         payload, path = checkpoint.load(folder / "checkpoints", built.device)
         checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
@@ -134,9 +143,25 @@ def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[st
         name = str(folder / "arch.json")
     if not Path(name).is_file():
         raise UsageError(f"--arch {name}: there is no such file. Allowed: arch.json, derived, largest, smallest, random:SEED.")
+    file = read_arch(name)
+    if file.space["name"] == space.name and file.space["args"] != space.args:
+        return resized(name, file, space.root), {}
     file = read_arch(name, expect=space)
-    space.root.check(file.arch)
     return dict(file.arch), dict(file.metrics)
+
+
+def resized(name: str, file: ArchFile, space: SearchSpace) -> Arch:
+    """The arch of a file that was written for ``space`` with other args, where its choices are the same: a genotype, say,
+    in another number of channels and cells. ValueError where they are not."""
+    try:
+        other = type(space)(**file.space["args"])
+    except (TypeError, ValueError):
+        other = None
+    if other is None or other.choices != space.choices or other.hash != file.space["hash"]:
+        return dict(read_arch(name, expect=space).arch)  # refuses, and says what differs
+    space.check(file.arch)
+    _log.info("%s is of %r; the network is made in %r, which has the same choices", name, other, space)
+    return dict(file.arch)
 
 
 def random_near(built: Built, seed: int, amount: str, tolerance: float = 0.05, tries: int = 1_000_000) -> Arch:

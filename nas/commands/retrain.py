@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from torch import nn
 
 from nas import ranks
-from nas.build import data_of, device_of, loss_of, rebuild, versions
+from nas.build import data_of, device_of, loss_of, rebuild, rebuild_for_training, versions
 from nas.bundle import Bundle, load_bundle, prove, write_bundle
 from nas.data import Data
 from nas.engine import Outcome, seed_from
@@ -25,6 +26,7 @@ from nas.recipe import UsageError, find, option, parse, plain_config, read, retr
 from nas.run import Run, explicit
 from nas.search import stopped
 from nas.strategies.plain import Plain
+from supernets.extract import TrainingForm
 
 _log = logging.getLogger("nas")
 
@@ -48,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     same_task(bundle, data)
     if group.main:
         _log.info("%s", data.describe())
-    net = bundle.module if config.weights == "inherited" else rebuild(bundle.arch, seed_from(config.seed, "fresh"))
+    net = network_of(bundle, config)
     if group.main and config.teacher is None:
         _log.info("no --teacher: the network learns from the labels alone (plain.lam and plain.T are not used)")
     net = in_precision(net.train().to(device), config.precision, config.channels_last)
@@ -70,6 +72,18 @@ def run(argv: Sequence[str]) -> int:
         return conclude(bundle, strategy, data, device, config, run, outcome) if group.main else outcome.exit
     finally:
         run.close()
+
+
+def network_of(bundle: Bundle, config: Namespace) -> nn.Module:
+    """What is trained: the bundle's own network, or a fresh one; with drop path and a head where ``plain`` wants them."""
+    inherited, plain = config.weights == "inherited", config.plain
+    form, seed = bundle.form if inherited else "fresh", seed_from(config.seed, "fresh")
+    if not plain.auxiliary and not plain.drop_path:
+        return bundle.module if inherited else rebuild(bundle.arch, form, seed)
+    net = rebuild_for_training(bundle.arch, form, seed, head=plain.auxiliary > 0)
+    if inherited:
+        net.network.load_state_dict(bundle.module.state_dict())
+    return net
 
 
 def base_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,14 +159,20 @@ def conclude(
         metrics = {"top1": {"value": scores.top1, "split": split, "n": scores.n, "weights": weights, "bn": "running"}}
         _log.info("top-1 %.4f on %d %s images", scores.top1, scores.n, split)
     example = next(iter(data.batches("train", device, batch_size=8))).x.cpu()
-    graph = rebuild(bundle.arch)
-    graph.load_state_dict({key: value.cpu() for key, value in net.state_dict().items()})
+    form = bundle.form if config.weights == "inherited" else "fresh"
+    graph = rebuild(bundle.arch, form)
+    plain = net.network if isinstance(net, TrainingForm) else net  # its head and drop path served the training alone
+    graph.load_state_dict({key: value.cpu() for key, value in plain.state_dict().items()})
     graph.eval()
     predicted = {name: int(cost) for name, cost in bundle.arch.costs.items() if name in ("macs", "params")}
     with torch.no_grad():  # the network that was trained and read, in float32, against the one that is written
         reference = type(net).forward(net.eval().cpu().to(memory_format=torch.contiguous_format), example)
-    report = {**prove(graph, example, predicted, reference), "weights": weights, "recipe": bundle.report.get("recipe", {})}
-    report["retrain"] = {"teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step}
+    report = {**prove(graph, example, predicted, reference), "weights": weights, "form": form}
+    report["recipe"] = bundle.report.get("recipe", {})
+    used = {name: config.plain[name] for name in ("auxiliary", "drop_path") if config.plain[name]}
+    report["retrain"] = {
+        "teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step, **used,
+    }  # fmt: skip
     file = replace(bundle.arch, metrics=metrics, provenance={
         **bundle.arch.provenance, "retrained": "plain", "retrain_seed": config.seed, "versions": versions()})  # fmt: skip
     path = run.folder / "bundle"

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from jsonargparse import Namespace
 
 from nas import ranks
+from nas.beside import Beside
+from nas.bilevel import Weights
 from nas.build import Built, assemble
 from nas.engine import moment, seed_from
 from nas.log import memory
@@ -35,20 +37,36 @@ def run(argv: Sequence[str]) -> int:
                   f"{sum(p.numel() for p in built.net.parameters()):,}")
     if config.dry_run:
         return dry_run(built, config)
-    rehearse(built)
+    beside = beside_of(config)
+    rehearse(built, beside)
     plain = plain_config(parser, config)
+    plain.pop("beside")  # it changes nothing of the search, and may be asked of a finished one with --resume auto
     out = explicit(config.out, config.resume, built.ranks) if config.out else Path("runs") / name
     run = Run(out, plain, device=built.device, ranks=built.ranks, resume=config.resume,
               period=config.log_every)  # fmt: skip
     try:
-        outcome, path = train(built, run, plain, seed=config.seed, every=config.evaluate.every, images=config.evaluate.images,
-                              bn_images=config.evaluate.bn_images, max_time=config.max_time)  # fmt: skip
+        outcome, path, random = train(
+            built, run, plain, seed=config.seed, every=config.evaluate.every, images=config.evaluate.images,
+            bn_images=config.evaluate.bn_images, gap=config.evaluate.gap, beside=beside, max_time=config.max_time)  # fmt: skip
     finally:
         run.close()
     if built.ranks.main:
-        done = {"arch": str(path), **read_arch(path).costs} if path else {}
-        print(json.dumps(done or stopped(run, outcome)) if config.json else path or run.folder)
+        whole = outcome.reason == "done"
+        said = done(path, random) if path and whole else stopped(run, outcome)
+        print(json.dumps(said) if config.json else path if whole else run.folder)
     return outcome.exit
+
+
+def done(path: Path, random: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What ``--json`` prints of a finished search: its costs; where it was asked, how random search did."""
+    found = {"random": {key: value for key, value in random.items() if key != "networks"}} if random else {}
+    return {"arch": str(path), **read_arch(path).costs, **found}
+
+
+def beside_of(config: Namespace) -> Beside:
+    """What the recipe asks beside the search."""
+    weights = config.beside.weights
+    return Beside(config.beside.random, None if weights is None else Weights(**weights.as_dict()))
 
 
 def dry_run(built: Built, config: Namespace) -> int:

@@ -1,9 +1,10 @@
 """plain: train one network, alone or taught by another. The strategy of retraining.
 
-    w <- SGD on (1 - lam) CE(z, y) + lam T^2 KL(softmax(z_teacher / T) || softmax(z / T))
+    w <- SGD on (1 - lam) CE(z, y) + lam T^2 KL(softmax(z_teacher / T) || softmax(z / T)) + auxiliary CE(z_auxiliary, y)
 
 With a teacher this is the knowledge distillation of TAS, (14) (Dong, Yang. NeurIPS 2019. arXiv 1905.09717): the teacher is
-the unpruned network in eval mode, without gradient. Without one it is the loss alone.
+the unpruned network in eval mode, without gradient. Without one it is the loss alone. The last term, and drop path whose
+strength grows by the epoch, are those of the evaluation of DARTS (Liu, Simonyan, Yang. ICLR 2019. arXiv 1806.09055).
 """
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nas.descent import Descent, cosine, cosine_per_epoch
+from nas.descent import Descent, Schedule, cosine, cosine_per_epoch
 from nas.losses import distillation, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
+
+SCHEDULES = ("cosine_per_epoch", "cosine", "exponential")
 
 
 @dataclass
@@ -26,52 +30,91 @@ class Plain:
     """Hyper-parameters with the CIFAR values of TAS, section 5.
 
     ``lam``, ``T``: share and temperature of the teacher, read only if there is one. ``schedule``: "cosine_per_epoch" (as
-    released) or "cosine" (every step). ``accumulate``: backward passes a step. ``ema``: decay of a moving average of
-    the weights, which then is the network that is evaluated and kept.
+    released), "cosine" (every step), or "exponential" (times ``gamma`` every epoch). ``accumulate``: backward passes a step.
+    ``ema``: decay of a moving average of the weights, which then is the network that is evaluated and kept.
+    ``auxiliary``: weight of the auxiliary head's loss. ``drop_path``: strength that it would reach after the last epoch, from
+    0 in the first. A net that is trained with either takes (x, drop) and, with a head, answers (2, B, N): its own logits and
+    the head's (``supernets.extract.TrainingForm``).
     """
 
     lr: float = 0.1
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 5e-4
     warmup_epochs: int = 0
     schedule: str = "cosine_per_epoch"
+    gamma: float = 0.97
     clip: float | None = None
     lam: float = 0.9
     T: float = 4.0
     accumulate: int = 1
     ema: float | None = None
+    auxiliary: float = 0.0
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine_per_epoch", "cosine"):
-            raise ValueError(f"schedule = {self.schedule!r} is not known. Allowed: cosine_per_epoch, cosine.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule = {self.schedule!r} is not known. Allowed: {', '.join(SCHEDULES)}.")
         if self.accumulate < 1:
             raise ValueError(f"accumulate = {self.accumulate} is too few. Allowed: 1 or more.")
+        if not 0.0 <= self.auxiliary < float("inf") or not 0.0 <= self.drop_path < 1.0 or not 0.0 < self.gamma <= 1.0:
+            raise ValueError(
+                f"auxiliary = {self.auxiliary}, drop_path = {self.drop_path}, gamma = {self.gamma}. Allowed: auxiliary of 0 or "
+                "more, drop_path from 0 up to 1, gamma above 0 up to 1."
+            )
 
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
-        sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
+        nesterov = self.nesterov and self.momentum > 0
+        sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=nesterov,
                       weight_decay=self.weight_decay, fused=True)
-        epochs = setup.steps // setup.epoch_steps
-        if self.schedule == "cosine":
-            factor = cosine(setup.steps, warmup=self.warmup_epochs * setup.epoch_steps)
-        else:
-            factor = cosine_per_epoch(epochs, setup.epoch_steps, self.warmup_epochs)
+        factor = self._factor(setup)
         self.w = Descent(self.net.parameters(), sgd, factor, clip=self.clip, accumulate=self.accumulate, ema=self.ema)
 
+    def _factor(self, setup: Setup) -> Schedule:
+        """Of the learning rate, at every step."""
+        if self.schedule == "cosine":
+            return cosine(setup.steps, warmup=self.warmup_epochs * setup.epoch_steps)
+        if self.schedule == "cosine_per_epoch":
+            return cosine_per_epoch(setup.steps // setup.epoch_steps, setup.epoch_steps, self.warmup_epochs)
+        warmup = self.warmup_epochs * setup.epoch_steps
+        return lambda step: (step + 1) / warmup if step < warmup else self.gamma ** ((step - warmup) // setup.epoch_steps)
+
+    def passes(self) -> int:
+        return self.accumulate
+
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate, teacher = self.w.rate, self.setup.teacher
+        rate, teacher, drop = self.w.rate, self.setup.teacher, self.drop(now)
+        more: dict[str, float | Tensor] = {}
         for _ in range(self.accumulate):
             x, y, _ = draw("train")
-            z = self.net(x)
+            z, z_auxiliary = self._logits(x, drop)
             if teacher is None:
                 loss = self.setup.loss(z, y)
             else:
                 with torch.no_grad():
                     z_teacher = teacher(x)
                 loss = distillation(z, z_teacher, y, self.lam, self.T, self.setup.loss)  # (14)
+            if z_auxiliary is not None:
+                beside = self.setup.loss(z_auxiliary, y)
+                more["train/auxiliary"] = beside.detach()
+                loss = loss + self.auxiliary * beside
             self.w.down(loss, norm=True)
         assert self.w.norm is not None
-        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm}
+        if self.drop_path:
+            more["train/drop_path"] = drop
+        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm, **more}
+
+    def drop(self, now: Moment) -> float:
+        """The strength of drop path in an epoch."""
+        return self.drop_path * now.epoch / now.epochs
+
+    def _logits(self, x: Tensor, drop: float) -> tuple[Tensor, Tensor | None]:
+        """Of the network and, where it counts, of its auxiliary head."""
+        if not self.auxiliary and not self.drop_path:
+            return self.net(x), None
+        out = self.net(x, drop)
+        return (out[0], out[1]) if self.auxiliary else (out, None)
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """A plain network has no architecture left to choose."""

@@ -92,6 +92,9 @@ class TAS:
         adam = partial(torch.optim.Adam, lr=self.alpha_lr, betas=self.alpha_betas, weight_decay=self.alpha_weight_decay)
         self.a = Descent(self.alpha.parameters(), adam)
 
+    def passes(self) -> int:
+        return 2
+
     def update(self, draw: Draw, now: Moment) -> Metrics:
         tau, rate = self.tau(now), self.w.rate
         x, y, _ = draw("train")

@@ -3,116 +3,60 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from strategy_entries import (
+    BOTH,
+    EPOCH_STEPS,
+    KINDS,
+    SEARCHES,
+    SEED,
+    STEPS,
+    STRATEGIES,
+    Draws,
+    Entry,
+    Told,
+    equal,
+    nets,
+    param,
+    plain_net,
+    plainly,
+    run,
+    started,
+    values,
+    watch,
+    whole,
+)
 
 from nas import checkpoint
-from nas.cost import CostTable
-from nas.data import Data
+from nas.bilevel import Alphas, Weights
+from nas.cost import Budget
 from nas.descent import Descent
-from nas.engine import moment, seed_from
+from nas.engine import moment
 from nas.losses import CrossEntropy
-from nas.protocols import Batch, Setup
-from nas.strategies.plain import Plain
+from nas.protocols import Setup
+from nas.strategies.darts import DARTS
+from nas.strategies.gdas import GDAS
+from nas.strategies.random import Random
+from nas.strategies.rarts import RARTS
+from nas.strategies.rsps import RSPS
+from nas.strategies.snas import SNAS
 from nas.strategies.tas import TAS
-from search_spaces.resnet import CifarResNet
-from search_spaces.space import Mixture, Setting, Value
-from supernets.extract import extract
-from supernets.resnet import ResNet
-
-EPOCH_STEPS, STEPS, SEED = 3, 6, 4
-Restriction = Mapping[str, tuple[Value, ...]]
+from search_spaces import nats
+from search_spaces.space import Mixture, Value
 
 
-class Entry(NamedTuple):
-    """``make``: a strategy that has not started. ``kind``: of its space; None where it trains a plain network.
-    ``moves``: the attributes that are Descents, and what they train."""
-
-    id: str
-    make: Callable[[], Any]
-    kind: str | None
-    moves: Mapping[str, str]
-    taught: bool = False
-
-
-STRATEGIES = [
-    Entry("tas-tied", lambda: TAS(target="60%"), "tied", {"w": "weights", "a": "alphas"}),
-    Entry("tas-tas", lambda: TAS(target=40_000, rule="released", temperature=(5.0, 0.1), temperature_schedule="cosine"),
-          "tas", {"w": "weights", "a": "alphas"}),
-    Entry("plain", lambda: Plain(), None, {"w": "weights"}),
-    Entry("plain-taught-ema", lambda: Plain(ema=0.9, accumulate=2, schedule="cosine"), None, {"w": "weights"}, True),
-]  # fmt: skip
-SEARCHES = [entry for entry in STRATEGIES if entry.kind]
-DATA = Data("digits", batch_size=16, valid_fraction=0.5)
-
-
-@pytest.fixture(params=STRATEGIES, ids=lambda entry: entry.id)
+@pytest.fixture(params=map(param, STRATEGIES))
 def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
 
 
-@pytest.fixture(params=SEARCHES, ids=lambda entry: entry.id)
+@pytest.fixture(params=map(param, SEARCHES))
 def search(request: pytest.FixtureRequest) -> Entry:
     return request.param
-
-
-class Draws:
-    """The feed of the digits, in the net's precision, counting what was asked for."""
-
-    def __init__(self) -> None:
-        self.feed, self.asked = DATA.feed(SEED, "cpu"), []  # type: ignore[var-annotated]
-
-    def __call__(self, split: str, size: int | None = None, odds: Any = None) -> Batch:
-        self.asked.append(split)
-        x, y, index = self.feed(split, size, odds)
-        return Batch(x.double(), y, index)
-
-
-def started(entry: Entry, restrict: Restriction | None = None) -> Any:
-    """The strategy with a net of its own, in the state that a run of seed SEED begins with."""
-    strategy, loss = entry.make(), CrossEntropy()
-    if entry.kind:
-        space = CifarResNet(14, entry.kind, widths=(4, 6, 8))
-        net = ResNet(space, channels=1, classes=10).double()
-        net.reset(torch.Generator().manual_seed(1))
-        if restrict:
-            space = space.restrict(restrict)
-        setup = Setup(net, space, CostTable(net, (8, 8)), loss, None, STEPS, EPOCH_STEPS, DATA.count("train"))
-    else:
-        setup = Setup(plain_net(1), None, None, loss, plain_net(2).eval() if entry.taught else None, STEPS, EPOCH_STEPS, 0)
-    torch.manual_seed(seed_from(SEED, "start"))
-    strategy.start(setup)
-    return strategy
-
-
-def plain_net(seed: int) -> nn.Module:
-    space = CifarResNet(8, "tied", widths=(4, 6, 8))
-    net = ResNet(space, channels=1, classes=10).double()
-    return extract(net, space.largest(), torch.zeros(2, 1, 8, 8).double(), inherit=False, seed=seed)
-
-
-def run(strategy: Any, draw: Any, start: int = 0, end: int = STEPS) -> list[dict[str, Any]]:
-    return [dict(strategy.update(draw, moment(step, STEPS, EPOCH_STEPS, SEED))) for step in range(start, end)]
-
-
-def values(descent: Descent) -> list[Tensor]:
-    return [p.detach().clone() for p in descent.params]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bit for bit, through lists and dicts."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal(p, q) for p, q in zip(a, b))
-    return a == b
 
 
 # -- one step -----------------------------------------------------------------------------------------------------------
@@ -128,10 +72,15 @@ def test_descents_share_no_parameter_and_weights_are_the_nets(entry: Entry) -> N
     assert descents.keys() == entry.moves.keys()
     ids = [id(p) for descent in descents.values() for p in descent.params]
     assert len(ids) == len(set(ids))
-    net = {id(p) for p in strategy.setup.net.parameters()}
+    net, *copies = [{id(p) for p in module.parameters()} for module in nets(strategy)]
     for name, what in entry.moves.items():
         mine = {id(p) for p in descents[name].params}
-        assert mine == net if what == "weights" else not mine & net
+        if what == "alphas":
+            assert not mine & net.union(*copies) and mine == {id(p) for p in strategy.alpha.parameters()}
+        else:
+            assert mine == (net if what == "weights" else copies[0])
+    if copies:  # they begin as one
+        assert all(torch.equal(p, q) for p, q in zip(strategy.net.parameters(), strategy.twin.parameters()))
 
 
 def test_a_descent_moves_its_own_parameters_only(entry: Entry) -> None:
@@ -141,60 +90,66 @@ def test_a_descent_moves_its_own_parameters_only(entry: Entry) -> None:
         for name in entry.moves.keys() - {mine}:
             getattr(strategy, name).bases = [0.0]
         before = {name: values(getattr(strategy, name)) for name in entry.moves}
-        buffers = {name: value.clone() for name, value in strategy.setup.net.named_buffers()}
+        buffers = [value.clone() for net in nets(strategy) for value in net.buffers()]
         run(strategy, Draws(), end=2)
         for name in entry.moves:
             moved = [not torch.equal(a, b) for a, b in zip(before[name], values(getattr(strategy, name)))]
             assert any(moved) if name == mine else not any(moved)
         if entry.kind:  # a supernet in training writes no buffer; a plain network keeps its running statistics
-            assert all(torch.equal(buffers[name], value) for name, value in strategy.setup.net.named_buffers())
+            assert equal(buffers, [value for net in nets(strategy) for value in net.buffers()])
 
 
-def test_no_step_leaves_gradients_in_anothers_parameters(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy = started(entry)
-    descents = [getattr(strategy, name) for name in entry.moves]
-    held: list[list[bool]] = []
-    step = Descent.step
-
-    def watched(self: Descent, norm: bool = False) -> None:
-        held.append([any(p.grad is not None for p in d.params) == (d is self) for d in descents])
-        step(self, norm)
-
-    monkeypatch.setattr(Descent, "step", watched)
-    run(strategy, Draws(), end=2)
-    assert len(held) == 2 * len(descents) * getattr(strategy, "accumulate", 1) and all(map(all, held))
-    assert all(p.grad is None for d in descents for p in d.params)
+def test_no_step_leaves_gradients_in_anothers_parameters(entry: Entry) -> None:
+    """A Descent that steps holds gradients, one that has stepped or has no share in the backward holds none."""
+    strategy, told = whole(entry.id)
+    for step in told:
+        names = [name for name, _, _ in step.stepped]
+        assert sorted(names) == sorted([*entry.moves] * getattr(strategy, "accumulate", 1))
+        for i, (name, _, holding) in enumerate(step.stepped):
+            assert holding == (set(names[i:]) if entry.shared else {name})
+    assert all(p.grad is None for name in entry.moves for p in getattr(strategy, name).params)
     teacher = strategy.setup.teacher
     assert teacher is None or all(p.grad is None for p in teacher.parameters())
 
 
 def test_metrics_are_finite_and_name_the_loss(entry: Entry) -> None:
-    for metrics in run(started(entry), Draws()):
-        assert {"train/loss", "train/top1", "train/lr"} <= metrics.keys()
-        for tag, value in metrics.items():
+    strategy, told = whole(entry.id)
+    for step in told:
+        assert {"train/loss", "train/top1", "train/lr", "train/grad_norm"} <= step.metrics.keys()
+        for tag, value in step.metrics.items():
             value = torch.as_tensor(value)
             assert value.ndim == 0 and bool(value.isfinite()) and not value.requires_grad, tag
+        if "a" in entry.moves:
+            assert {"valid/loss", "valid/top1", "alpha/entropy"} <= step.metrics.keys()
+        budget = getattr(strategy, "budget", None)
+        if budget is not None:
+            assert step.metrics["cost/target"] == budget.R == 0.6 * strategy.costs.of(strategy.space.largest())
+            assert {"cost/expected", "cost/current"} <= step.metrics.keys()
 
 
 def test_the_weights_learn_from_train_and_the_alphas_from_valid(entry: Entry) -> None:
-    draw = Draws()
-    strategy = started(entry)
-    run(strategy, draw, end=1)
-    passes = getattr(strategy, "accumulate", 1)
-    assert draw.asked == (["train", "valid"] if entry.kind else ["train"] * passes)
+    told = whole(entry.id)[1]
+    assert told[0].asked == list(entry.asks)
+    for step in told:  # searches without alphas read validation images to judge, without a graph
+        assert step.asked[: len(entry.asks)] == list(entry.asks) and set(step.asked[len(entry.asks) :]) <= {"valid"}
+
+
+def test_passes_are_the_forwards_and_backwards_of_a_step(entry: Entry) -> None:
+    strategy, told = whole(entry.id)
+    assert [step.passes for step in told] == [strategy.passes()] * STEPS == [step.backwards for step in told]
 
 
 # -- time ---------------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_restored_midway_is_uninterrupted(entry: Entry) -> None:
-    whole, draw = started(entry), Draws()
-    metrics = run(whole, draw)
+    uninterrupted, told = whole(entry.id)
+    metrics = [step.metrics for step in told]
     first, draw = started(entry), Draws()
     early = run(first, draw, end=2)
     file = io.BytesIO()
     torch.save({"strategy": checkpoint.state_of(first), "draw": draw.feed.state_dict()}, file)
-    run(first, draw, start=2)  # what goes on must not reach what was saved
+    run(first, draw, start=2, end=3)  # what goes on must not reach what was saved
     file.seek(0)
     state = torch.load(file, weights_only=True)
     second, draw = started(entry), Draws()
@@ -202,8 +157,8 @@ def test_saved_and_restored_midway_is_uninterrupted(entry: Entry) -> None:
     checkpoint.restore(second, state["strategy"])
     draw.feed.load_state_dict(state["draw"])
     assert equal(early + run(second, draw, start=2), metrics)
-    assert equal(checkpoint.state_of(second), checkpoint.state_of(whole))
-    assert second.architecture() == whole.architecture()
+    assert equal(checkpoint.state_of(second), checkpoint.state_of(uninterrupted))
+    assert second.architecture() == uninterrupted.architecture()
 
 
 def test_reading_a_strategy_changes_nothing(entry: Entry) -> None:
@@ -217,61 +172,73 @@ def test_reading_a_strategy_changes_nothing(entry: Entry) -> None:
     assert equal(checkpoint.state_of(strategy), before)
 
 
-def test_arch_is_what_the_next_weight_step_runs(search: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy, seen = started(search), []
+def test_arch_is_what_the_next_weight_step_runs(search: Entry) -> None:
+    """Where the alphas move first, the weights run what they have become: with the rate of the alphas at zero, arch."""
+    strategy = started(search)
     now = moment(0, STEPS, EPOCH_STEPS, SEED)
-    announced = strategy.arch(now)
-    forward = type(strategy.net).forward
+    announced = plainly(strategy.arch(now))
+    if search.first == "a":
+        moving = copy.deepcopy(strategy)
+        (step,) = watch(moving, search, 1)
+        assert ran_by_w(step) != announced
+        strategy.a.bases = [0.0]
+    (step,) = watch(strategy, search, 1)
+    assert ran_by_w(step) == announced and step.stepped[0][0] == search.first
+    others = [arch for arch in step.ran if arch is not ran_by_w(step)]
+    if search.runs == "sample" or isinstance(strategy, GDAS):  # every pass draws afresh
+        assert len(others) == 1 and others[0] != announced
+    after = plainly(strategy.arch(moment(1, STEPS, EPOCH_STEPS, SEED)))
+    if search.first == "a":
+        assert search.runs == "sample" or after == announced  # the alphas did not move
+    elif not isinstance(strategy, Random):  # whose trial goes on
+        assert after != announced
+    assert {type(setting) is Mixture for name, setting in strategy.arch(now).items() if name in strategy.space.free} == {
+        search.runs != "path"
+    }
 
-    def watched(net: Any, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
-        seen.append(arch)
-        return forward(net, x, arch)
 
-    monkeypatch.setattr(type(strategy.net), "forward", watched)
-    run(strategy, Draws(), end=1)
-    assert plainly(seen[0]) == plainly(announced) and plainly(seen[1]) != plainly(announced)
-
-
-def plainly(arch: Mapping[str, Setting]) -> dict[str, Any]:
-    return {name: (s.options, s.weights.tolist(), s.active) if isinstance(s, Mixture) else s for name, s in arch.items()}
+def ran_by_w(step: Told) -> dict[str, Any]:
+    """What the net ran last before the weights' step."""
+    return next(arch for name, arch, _ in step.stepped if name == "w")
 
 
 # -- architectures ------------------------------------------------------------------------------------------------------
 
-RESTRICTIONS: dict[str, Restriction] = {
-    "free": {},
-    "width-only": {f"stage{s}.depth": (2,) for s in range(3)},
-    "depth-only": {},  # filled by forbidden()
-    "some": {"stage0.depth": (1,), "stage1.block0.conv0.width": (2, 4, 6), "stage2.block1.conv0.width": (3, 4)},
-}
+RESTRICTED = [param(entry, name) for entry in SEARCHES if entry.kind for name in KINDS[entry.kind].restrictions]
 
 
-def forbidden(entry: Entry, name: str) -> Restriction:
-    if name != "depth-only":
-        return RESTRICTIONS[name]
-    space = CifarResNet(14, entry.kind or "tied", widths=(4, 6, 8))
-    return {choice.name: choice.options[-1:] for choice in space.choices if choice.name.endswith("width")}
-
-
-@pytest.mark.parametrize("name", RESTRICTIONS)
+@pytest.mark.parametrize("search, name", RESTRICTED)
 def test_a_restriction_is_honoured(search: Entry, name: str) -> None:
     """No forbidden option is sampled, believed in or derived, and what is left is sampled."""
-    strategy = started(search, forbidden(search, name))
-    space = strategy.setup.space
+    assert search.kind is not None
+    strategy = started(search, KINDS[search.kind].restrictions[name])
+    space, legal = strategy.setup.space, "a" not in search.moves  # drawn by the space itself: canonical, and no dead cell
     met: set[tuple[str, Value]] = set()
-    for step in range(12):
-        for setting_of, setting in strategy.arch(moment(step, 12, 4, SEED)).items():
+    once = moment(0, STEPS, EPOCH_STEPS, SEED)  # a path is one draw a reading: of one stream, which is as good
+    for now in [once] * 200 if search.runs == "path" else [moment(step, 12, 4, SEED) for step in range(12)]:
+        arch = strategy.arch(now)
+        live = space.counting(arch) if legal else arch.keys()
+        for setting_of, setting in arch.items():
             allowed = space[setting_of].options
             if not isinstance(setting, Mixture):
-                assert (setting,) == allowed
+                assert setting in allowed if setting_of in live else setting == space.root[setting_of].options[0]
+                assert search.runs == "path" or len(allowed) == 1
+                met.update({(setting_of, setting)} if setting_of in live and len(allowed) > 1 else ())
                 continue
             computed = range(len(setting.options)) if setting.active is None else setting.active
             assert {setting.options[j] for j in computed} <= set(allowed) and len(allowed) > 1
-            assert setting.weights.sum().item() == pytest.approx(1.0, abs=1e-6)
+            assert search.kind == "scales" or setting.weights.sum().item() == pytest.approx(1.0, abs=1e-6)
             assert all(float(setting.weights[j]) == 0.0 for j in range(len(setting.options)) if j not in computed)
             met.update((setting_of, setting.options[j]) for j in computed)
-    assert met == {(c.name, option) for c in space.choices for option in c.options if len(c.options) > 1}
-    for choice, row in strategy.probabilities().items():
+    open_ = {(c.name, option) for c in space.choices for option in c.options if len(c.options) > 1}
+    if legal:
+        inert = {c.name for c in space.choices if any(set(space[n].options).isdisjoint(needed) for n, needed in c.needs)}
+        open_ = {(name, option) for name, option in open_ if name not in inert} - {("node1.from0", "none")}
+    assert met == open_
+    believed = strategy.probabilities()
+    some = "a" in search.moves and search.kind != "scales"  # scales are no probabilities
+    assert believed.keys() >= set(space.free) if some else believed == {}
+    for choice, row in believed.items():
         assert len(row) == len(space.root[choice].options) and sum(row) == pytest.approx(1.0)
         assert all(p == 0.0 for option, p in zip(space.root[choice].options, row) if option not in space[choice].options)
     run(strategy, Draws(), end=2)
@@ -279,15 +246,13 @@ def test_a_restriction_is_honoured(search: Entry, name: str) -> None:
 
 
 def test_the_architecture_lies_in_the_space(search: Entry) -> None:
-    strategy = started(search)
-    for step in range(STEPS):
-        strategy.update(Draws(), moment(step, STEPS, EPOCH_STEPS, SEED))
-        space = strategy.setup.space
-        arch = strategy.architecture()
-        assert list(arch) == [choice.name for choice in space.choices]
-        space.check(space.canonical(arch))
+    strategy, told = whole(search.id)
+    space = strategy.setup.space
+    for step in told:
+        assert list(step.arch) == [choice.name for choice in space.choices]
+        space.check(space.canonical(step.arch))
         for choice in space.choices:
-            assert arch[choice.name] in choice.options
+            assert step.arch[choice.name] in choice.options
 
 
 def test_the_network_runs_what_arch_says(entry: Entry) -> None:
@@ -299,21 +264,109 @@ def test_the_network_runs_what_arch_says(entry: Entry) -> None:
         assert (net(x, arch) if arch else net(x)).shape == (16, 10)
 
 
-def test_a_budget_that_cannot_be_met_is_refused(search: Entry) -> None:
+# -- budgets ------------------------------------------------------------------------------------------------------------
+
+Target = str | float
+
+
+def budgeted(kind: str) -> dict[str, tuple[Callable[[Target], Any], str]]:
+    """Strategies with a budget, by name: of a target, and the kind of space they search."""
+    return {
+        f"darts-{kind}": (lambda target: DARTS(budget=Budget(target)), kind),
+        f"rarts-{kind}": (lambda target: RARTS(budget=Budget(target)), kind),
+        f"snas-{kind}": (lambda target: SNAS(budget=Budget(target)), kind),
+        f"gdas-{kind}": (lambda target: GDAS(budget=Budget(target)), kind),
+    }
+
+
+BUDGETED: dict[str, tuple[Callable[[Target], Any], str]] = {
+    "tas": (lambda target: TAS(target=target), "tied"),
+    "tas-released": (lambda target: TAS(target=target, rule="released"), "tas"),
+    **budgeted("tied"), **budgeted("cells"),
+    "rarts-scales": (lambda target: RARTS(kind="scales", budget=Budget(target)), "scales"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BUDGETED)
+def within(request: pytest.FixtureRequest) -> Callable[[Target], Any]:
+    """A target -> a started strategy with that budget."""
+    make, kind = BUDGETED[request.param]
+    return lambda target: started(Entry(request.param, lambda: make(target), kind, {}))
+
+
+def test_a_budget_that_cannot_be_met_is_refused(within: Callable[[Target], Any]) -> None:
     for target, words in ((1.0, "cannot be reached in this space"), ("much", "is not a budget"), ("101%", "cannot be reached")):
-        strategy = search.make()
-        strategy.target = target
         with pytest.raises(ValueError, match=words):
-            started(search._replace(make=partial(copy.copy, strategy)))
+            within(target)
 
 
-def test_fits_is_the_tolerance_around_the_target(search: Entry) -> None:
-    strategy = started(search)
-    arch = strategy.architecture()
-    view = "derived" if strategy.rule == "paper" else "estimated"  # the released rule reads what removed blocks say
-    F = strategy.setup.costs.seen(view).of(arch)
-    unit = strategy.R if strategy.rule == "paper" else strategy.F_max
+def test_fits_is_the_tolerance_around_the_target(within: Callable[[Target], Any]) -> None:
+    strategy = within("60%")
+    arch, released = strategy.architecture(), getattr(strategy, "rule", "") == "released"
+    F = strategy.setup.costs.seen("estimated" if released else "derived").of(arch)  # what removed blocks say is read there
+    holder = strategy if isinstance(strategy, TAS) else strategy.budget
+    unit = strategy.F_max if released else holder.R
+    assert isinstance(strategy, TAS) or getattr(strategy, "kind", "") == "scales" or strategy.fits(arch)  # derived to fit
     for off, expected in ((0.049, True), (0.051, False)):
         for sign in (1, -1):
-            strategy.R = F / (1 + sign * off) if strategy.rule == "paper" else F - sign * off * unit
+            holder.R = F - sign * off * unit if released else F / (1 + sign * off)
             assert strategy.fits(arch) is expected
+
+
+def test_a_strategy_without_a_budget_fits_everything(search: Entry) -> None:
+    strategy = whole(search.id)[0]
+    if not isinstance(strategy, TAS) and getattr(strategy, "budget", None) is None:
+        assert strategy.fits(strategy.space.smallest()) and strategy.fits(strategy.space.largest())
+
+
+# -- what the alphas' hyper-parameters say ------------------------------------------------------------------------------
+
+WARM: list[tuple[Callable[[Alphas], Any], tuple[str, ...]]] = [
+    (lambda alphas: DARTS(alphas=alphas), ("train",)), (lambda alphas: DARTS(order=1, alphas=alphas), ("train",)),
+    (lambda alphas: SNAS(alphas=alphas), ("train",)), (lambda alphas: GDAS(alphas=alphas), ("train",)),
+    (lambda alphas: RARTS(alphas=alphas), ("train", "valid")),
+    (lambda alphas: RARTS(mode="jacobi", alphas=alphas), ("train", "valid")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, asks", WARM, ids=["darts-2", "darts-1", "snas", "gdas", "rarts", "rarts-jacobi"])
+def test_alphas_wait_for_their_warm_up(make: Callable[[Alphas], Any], asks: tuple[str, ...]) -> None:
+    """One epoch: the weights learn, the logits stay; what arch announces is what they run. Then the logits move."""
+    entry = Entry("warm", lambda: make(Alphas(warmup_epochs=1)), "cells", BOTH)
+    strategy, draw = started(entry), Draws()
+    w, a = values(strategy.w), values(strategy.a)
+    announced, ran = plainly(strategy.arch(moment(0, STEPS, EPOCH_STEPS, SEED))), list[dict[str, Any]]()
+    hook = strategy.net.register_forward_pre_hook(lambda net, given: ran.append(plainly(given[1])))
+    metrics = run(strategy, draw, end=1)[0]
+    hook.remove()
+    assert ran == [announced] and draw.asked == list(asks) and "alpha/grad_norm" not in metrics
+    assert not equal(values(strategy.w), w) and equal(values(strategy.a), a)
+    (metrics,) = run(strategy, draw, start=3, end=4)
+    assert not equal(values(strategy.a), a) and "alpha/grad_norm" in metrics
+
+
+@pytest.mark.parametrize("make", [make for make, _ in WARM[1:5]], ids=["darts", "snas", "gdas", "rarts"])
+def test_the_skip_limit_holds_in_what_is_derived(make: Callable[[Alphas], Any]) -> None:
+    for limit, expected in ((None, 6), (2, 2), (0, 0)):
+        strategy = started(Entry("skips", lambda limit=limit: make(Alphas(skip_limit=limit)), "cells", BOTH))  # type: ignore[misc]
+        with torch.no_grad():
+            strategy.alpha.logits["5"][:, nats.OPS.index("skip_connect")] += 3.0
+        assert list(strategy.architecture().values()).count("skip_connect") == expected
+
+
+@pytest.mark.parametrize("wrong", [{"warmup_epochs": -1}, {"skip_limit": -1}])
+def test_negative_waits_and_limits_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="Allowed: 0 or more"):
+        Alphas(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.1, 0.2), (-0.1, -0.1), (0.1, -0.1)])
+def test_rates_that_do_not_fall_are_refused(rates: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="Allowed: 0 <= lr_min <= lr, lr above 0"):
+        Weights(*rates)
+
+
+@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, RSPS, Random, TAS])
+def test_a_search_without_a_space_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="searches a space: give the run a supernet, its space and a cost table"):
+        make().start(Setup(plain_net(1), None, None, CrossEntropy(), None, STEPS, EPOCH_STEPS, 0))

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
-from supernet_entries import SUPERNETS, Entry, archs, same, used
+from supernet_entries import SUPERNETS, Entry, archs, same
 from torch import Tensor, nn
 
 from nas.protocols import Supernet
 from search_spaces.space import Arch, Mixture, SearchSpace, Setting
-from supernets.elastic import ElasticConv, Leaf
+from supernets.elastic import Leaf, Normalise
+
+NOISE = 1e-10  # what rounding leaves of a gradient that is zero: that of a shift before a batch norm
 
 
 @pytest.fixture(params=SUPERNETS, ids=lambda entry: entry.id)
@@ -111,9 +113,11 @@ def test_reset_draws_from_its_generator(entry: Entry) -> None:
         net.reset(torch.Generator().manual_seed(seed))
         states.append({name: p.detach().clone() for name, p in net.named_parameters()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    leaves = [path for path, leaf in net.named_modules() if isinstance(leaf, ElasticConv)]
-    assert all(not torch.equal(states[0][f"{path}.weight"], states[2][f"{path}.weight"]) for path in leaves)
-    assert all(bool((value == 1).all()) for name, value in states[0].items() if ".norm.weight" in name)
+    drawn = [name for name, value in states[0].items() if value.ndim > 1]
+    assert drawn and all(not torch.equal(states[0][name], states[2][name]) for name in drawn)
+    norms = [module for module in net.modules() if isinstance(module, Normalise)]
+    assert norms and all(bool((gamma == 1).all()) for module in norms for gamma in module.weight)
+    assert all(bool((beta == 0).all()) for module in norms for beta in module.bias)
 
 
 def test_a_deep_copy_is_a_net_of_its_own(entry: Entry) -> None:
@@ -124,6 +128,22 @@ def test_a_deep_copy_is_a_net_of_its_own(entry: Entry) -> None:
         for p in net.parameters():
             p.mul_(2.0).add_(0.1)
     assert torch.equal(twin(x, arch), z) and not same(net(x, arch), z, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["hard", "pair", "soft"])
+def test_channels_last_changes_nothing(entry: Entry, kind: str) -> None:
+    """Values and every gradient; kernels differ by layout, and one of them reads a scale that is a view wrongly."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net, x = entry.net().to(memory_format=layout), entry.images().contiguous(memory_format=layout)
+        setting: dict[str, Setting] = dict(archs(net.space, 1)[0])
+        if kind != "hard":
+            setting = soft(net.space, 2 if kind == "pair" else None)
+        z, grads = gradients(net, x, setting)
+        mixtures = {name: s.weights for name, s in setting.items() if isinstance(s, Mixture)}
+        weights = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in mixtures.items()}
+        found.append({"logits": z, **grads, **weights})
+    assert all(same(found[1][name], found[0][name]) for name in found[0])
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -141,32 +161,27 @@ def test_gradients_reach_exactly_the_weights_in_use(entry: Entry) -> None:
     for arch in archs(net.space, 3, seed=4):
         _, found = gradients(net, x, arch)
         expected = {name: torch.zeros(value.shape[:2], dtype=torch.bool) for name, value in found.items()}
-        for path, o, i in used(net, arch):
-            expected[f"{path}.weight"][:o, :i] = True
-            leaf = net.get_submodule(path)
-            if path == "classifier":
-                expected["classifier.bias"][:] = True
-            elif leaf.norm is not None:
-                k = leaf.widths.index(o) if len(leaf.norm.weight) > 1 else 0
-                expected[f"{path}.norm.weight.{k}"][:o] = True
-                expected[f"{path}.norm.bias.{k}"][:o] = True
+        for name, part in entry.used(net, arch):
+            expected[name][part] = True
         for name, value in found.items():  # of a convolution: does any tap of (out, in) get a gradient?
-            reached = (value != 0).flatten(2).any(2) if value.ndim == 4 else value != 0
+            there = value.abs() > NOISE
+            reached = there.flatten(2).any(2) if value.ndim == 4 else there
             assert torch.equal(reached, expected[name]), name
 
 
 @pytest.mark.usefixtures("smooth")
 def test_a_mixture_reaches_its_active_options_only(entry: Entry) -> None:
     net, x = entry.net().train(), entry.images()
-    settings = soft(net.space, 2) | {net.space.depth_name(s): net.space.largest()[net.space.depth_name(s)]
-                                     for s in range(len(net.stages))}
+    largest = net.space.largest()
+    settings = soft(net.space, 2) | {name: largest[name] for name in entry.structure(net.space)}
     gradients(net, x, settings)
-    for path, leaf in net.named_modules():
-        if isinstance(leaf, ElasticConv) and leaf.norm is not None and len(leaf.norm.weight) > 1:
-            mixture = settings[leaf.out[0].size.on[0]]
-            active = {mixture.options[j] for j in mixture.active}
-            got = {c for c, p in zip(leaf.widths, leaf.norm.weight) if p.grad is not None and bool(p.grad.any())}
-            assert got == active, path
+    checked = 0
+    for name, mixture in settings.items():
+        for j, option in enumerate(mixture.options if isinstance(mixture, Mixture) else ()):
+            got = [p.grad is not None and bool(p.grad.any()) for p in net.owned(name, option)]
+            assert all(got) if j in mixture.active else not any(got), (name, option)
+            checked += len(got)
+    assert bool(checked) == bool(entry.owners(net.space) - entry.structure(net.space))
 
 
 @pytest.mark.usefixtures("smooth")
@@ -176,17 +191,17 @@ def test_gradients_reach_every_weight_of_a_mixture(entry: Entry) -> None:
     gradients(net, x, settings)
     for name, mixture in settings.items():
         assert isinstance(mixture, Mixture) and mixture.weights.grad is not None, name
-        assert bool((mixture.weights.grad != 0).all()), name
+        for option, grad in zip(mixture.options, mixture.weights.grad.tolist()):
+            assert (grad == 0) is (option in net.space.nones), (name, option)
 
 
 @pytest.mark.usefixtures("smooth")
 def test_owned_parameters_get_a_gradient_iff_their_option_is_used(entry: Entry) -> None:
     """All other choices are mixed over all their options, so that nothing else decides."""
     net, x = entry.net().train(), entry.images()
-    depths = {net.space.depth_name(s) for s in range(len(net.stages))}
     owners = set()
     for arch in (net.space.largest(), net.space.smallest(), *archs(net.space, 1, seed=9)):
-        for fixed in (depths, net.space.largest().keys() - depths):
+        for fixed in entry.groups(net.space):
             gradients(net, x, soft(net.space) | {name: arch[name] for name in fixed})
             for name in fixed:
                 options = net.space[name].options
@@ -197,4 +212,4 @@ def test_owned_parameters_get_a_gradient_iff_their_option_is_used(entry: Entry) 
                     owners.update([name] if mine else [])
                 of_any = {id(p) for p in net.owned(name)}
                 assert {id(p) for option in options for p in net.owned(name, option)} <= of_any
-    assert owners == (depths if entry.settings.get("norm") == "shared" else set(net.space.largest()))
+    assert owners == entry.owners(net.space)

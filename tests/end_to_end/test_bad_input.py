@@ -116,7 +116,7 @@ def photo(mode: str) -> Words:
 
 CASES: dict[str, tuple[Words, list[str]]] = {
     # recipes and keys
-    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit'", "Allowed: tas-digits", "Nearest: tas-digits"]),
+    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit'", "Allowed: darts-", "tas-digits", "Nearest: tas-digits"]),
     "recipe missing": (verb("search", "nope.yaml"), ["nope.yaml", "no such file"]),
     "recipe unnamed": (verb("search", "--epochs", "3"), ["which recipe", "tas-digits"]),
     "recipe a list": (recipe("- a\n- b\n"), ["mine.yaml", "keys and values"]),
@@ -314,7 +314,7 @@ class Bare(TAS):
 
 
 @pytest.mark.parametrize(("name", "fragments"), [
-    ("Lacks", ["own_strategies.Lacks is not a Strategy: it lacks probabilities, architecture, fits, network."]),
+    ("Lacks", ["own_strategies.Lacks is not a Strategy: it lacks passes, probabilities, architecture, fits, network."]),
     ("Bare", ["own_strategies.Bare is not a Strategy: ", "it must declare update(self, draw: Draw, now: Moment) -> Metrics."]),
 ])  # fmt: skip
 def test_a_strategy_of_your_own_that_is_none(name: str, fragments: list[str], tmp_path: Path,

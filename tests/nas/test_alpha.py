@@ -262,3 +262,86 @@ def test_the_gradient_of_the_entropy_is_finite_in_a_restricted_space() -> None:
     H = -(p * p.log()).sum()
     first, last = (-p * (p.log() + H) / math.log(2)).tolist()
     assert found[0].tolist() == pytest.approx([first, 0.0, last], abs=1e-14) and not found[1:].any() and first != 0.0
+
+
+# -- the limit of skips -------------------------------------------------------------------------------------------------
+
+
+class Cell(SearchSpace):
+    """Edges of two cells."""
+
+    skips = ("skip",)
+
+    def __init__(self) -> None:
+        names = [f"{part}.edge{i}" for part in ("normal", "reduce") for i in range(3)]
+        super().__init__([Choice(name, ("conv", "skip", "pool"), ordered=False) for name in names], {})
+
+    def part(self, name: str) -> str:
+        return name.partition(".")[0]
+
+
+SURE = {"normal.edge0": 2.0, "normal.edge1": 1.0, "normal.edge2": 3.0, "reduce.edge0": 5.0, "reduce.edge1": -1.0,
+        "reduce.edge2": 4.0}  # fmt: skip
+
+
+def skipping(of: SearchSpace) -> Alpha:
+    """The logit of skip is as in SURE, between those of conv (0) and pool (0.5, which is also where reduce.edge1 ends)."""
+    alpha = alphas(of, std=0.0)
+    with torch.no_grad():
+        for name, logit in SURE.items():
+            row(alpha, name).copy_(torch.tensor([0.0, logit, 0.5]))
+    return alpha
+
+
+def derived(found: Any) -> dict[str, str]:
+    """"s", "p" and "c" for the edges of each cell."""
+    words = "".join(option[0] for option in found.values())
+    return {"normal": words[:3], "reduce": words[3:]}
+
+
+@pytest.mark.parametrize(("limit", "normal", "reduce"), [
+    (None, "sss", "sps"), (3, "sss", "sps"), (2, "sps", "sps"), (1, "pps", "spp"), (0, "ppp", "ppp"),
+])
+def test_skips_beyond_the_limit_go_where_they_are_least_sure(limit: int | None, normal: str, reduce: str) -> None:
+    alpha = skipping(Cell())
+    before = alpha.probabilities()
+    assert derived(alpha.architecture(limit)) == {"normal": normal, "reduce": reduce}
+    assert alpha.probabilities() == before and alpha.architecture(skip_limit=limit) == alpha.architecture(limit)
+
+
+def test_a_space_without_parts_has_one_limit() -> None:
+    class Whole(Cell):
+        def part(self, name: str) -> str:
+            return ""
+
+    assert derived(skipping(Whole()).architecture(2)) == {"normal": "ppp", "reduce": "sps"}
+
+
+def test_what_allows_only_skips_keeps_them() -> None:
+    of = Cell().restrict({"normal.edge0": ["skip"], "normal.edge1": ["skip"], "reduce.edge0": ["conv", "skip"]})
+    alpha = skipping(of)
+    assert derived(alpha.architecture(2)) == {"normal": "ssp", "reduce": "sps"}  # the fixed two count, and stay
+    assert derived(alpha.architecture(0)) == {"normal": "ssp", "reduce": "cpp"}
+    of.check(alpha.architecture(0))
+
+
+def test_a_followers_skip_counts_and_goes_with_its_leader() -> None:
+    same: dict[Any, str] = {option: option for option in ("conv", "skip", "pool")}
+    alpha = skipping(Cell().tie("normal.edge0", "normal.edge2", same))
+    assert derived(alpha.architecture(2)) == {"normal": "sps", "reduce": "sps"}
+    assert derived(alpha.architecture(1)) == {"normal": "ppp", "reduce": "spp"}
+
+
+def test_a_derivation_that_insists_comes_to_an_end() -> None:
+    class Stubborn(Cell):
+        def derive(self, probabilities: Any) -> Any:
+            return {choice.name: "skip" for choice in self.choices}
+
+    assert derived(skipping(Stubborn()).architecture(1)) == {"normal": "sss", "reduce": "sss"}
+
+
+def test_a_negative_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"skip_limit = -1\. Allowed: 0 or more skips a part, or None") as error:
+        skipping(Cell()).architecture(-1)
+    assert "\n" not in str(error.value)
+    assert alphas(space()).architecture(0) == alphas(space()).architecture()  # no skips here

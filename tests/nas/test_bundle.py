@@ -33,6 +33,18 @@ class Net(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Normed(Net):
+    """The inherited form of a network that is published without this norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(F.hardswish(self.norm(self.conv(x))))
+        return self.head(F.adaptive_avg_pool2d(self.pooled(x), 1).flatten(1))
+
+
 MACS = 8 * 8 * 4 * 3 * 9 + 4 * 4 * 4 * 9 + 4 * 5
 PARAMS = (4 * 3 * 9 + 4) + 2 * 4 + 4 * 9 + (4 * 5 + 5)
 
@@ -46,8 +58,8 @@ def graph(c: int = 4) -> fx.GraphModule:
     return plain
 
 
-def rebuild(_: ArchFile) -> nn.Module:
-    return fx.symbolic_trace(Net())
+def rebuild(_: ArchFile, form: str = "fresh") -> nn.Module:
+    return fx.symbolic_trace(Net() if form == "fresh" else Normed())
 
 
 def images(batch: int = 2) -> Tensor:
@@ -62,7 +74,7 @@ def arch_file() -> ArchFile:
 
 
 def write(out: Path, plain: fx.GraphModule | None = None, report: Any = None, **forms: Any) -> Path:
-    return write_bundle(out, plain or graph(), arch_file(), {"weights": "inherited"} if report is None else report,
+    return write_bundle(out, plain or graph(), arch_file(), {"weights": "fresh"} if report is None else report,
                         images(), **forms)
 
 
@@ -88,6 +100,7 @@ def test_proof_says_what_was_found() -> None:
     assert report["weights"] == "inherited" and report["logits_max_difference"] == pytest.approx(2e-6, rel=0.1)
     fresh = prove(plain, images(), {"macs": MACS, "params": PARAMS}, None)
     assert (fresh["weights"], fresh["logits_max_difference"]) == ("fresh", None)
+    assert (report["form"], fresh["form"]) == ("inherited", "fresh")
 
 
 @pytest.mark.parametrize("macs, params, shift, words", [
@@ -117,6 +130,34 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(bundle.module(images()), graph()(images())) and not bundle.module.training
     assert bundle.report == {"weights": "fresh", "macs": {"counted": MACS}}
     assert bundle.arch == arch_file() and bundle.path == out
+
+
+@pytest.mark.parametrize("report", [
+    {"weights": "inherited", "form": "inherited"}, {"weights": "fine-tuned", "form": "inherited"},
+    {"weights": "inherited"},  # as version 0.1 wrote it
+])  # fmt: skip
+def test_the_inherited_form_is_loaded_as_such(report: dict[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    plain = fx.symbolic_trace(Normed()).eval()
+    plain.get_buffer("pooled.running_mean").uniform_(-0.5, 0.5)
+    bundle = load_bundle(write(tmp_path / "bundle", plain, report), rebuild)
+    assert bundle.form == "inherited" and torch.equal(bundle.module(images()), plain(images()))
+
+
+@pytest.mark.parametrize("report", [
+    {"weights": "scratch", "form": "fresh"}, {"weights": "fine-tuned", "form": "fresh"},
+    {"weights": "scratch"}, {"weights": "fine-tuned"}, {},
+])  # fmt: skip
+def test_the_fresh_form_is_loaded_as_such(report: dict[str, str], tmp_path: Path) -> None:
+    bundle = load_bundle(write(tmp_path / "bundle", report=report), rebuild)
+    assert bundle.form == "fresh" and torch.equal(bundle.module(images()), graph()(images()))
+
+
+def test_a_form_that_is_not_known_or_not_the_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"report\.json: form is 'dreamt'\. Allowed: fresh, inherited"):
+        load_bundle(write(tmp_path / "a", report={"form": "dreamt"}), rebuild)
+    with pytest.raises(ValueError, match=r"lacks pooled\.running_mean, .*its weights are not those of arch\.json"):
+        load_bundle(write(tmp_path / "b", report={"form": "inherited"}), rebuild)
 
 
 def test_loading_does_not_run_model_py(tmp_path: Path) -> None:

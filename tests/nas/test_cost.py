@@ -13,8 +13,8 @@ import torch
 from nas.cost import CostTable, activations, budget, macs, params
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.space import Arch, Mixture, SearchSpace, Setting
-from supernets.layers import Layer, Shape
-from supernets.resnet import VIEWS, ResNet
+from supernets.layers import VIEWS, Layer, Shape
+from supernets.resnet import ResNet
 
 KINDS = ("tied", "tas")
 

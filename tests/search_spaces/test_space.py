@@ -57,6 +57,35 @@ def test_largest_and_smallest() -> None:
     assert small.restrict({"op": ["pool"]}).largest()["op"] == "pool"
 
 
+def test_an_extreme_gives_something_where_something_is_left() -> None:
+    class Empty(Small):
+        nones = ("skip", "pool")
+
+    assert Empty().smallest()["op"] == "skip"  # named cheap
+    assert Empty().restrict({"op": ["conv", "pool"]}).smallest()["op"] == "conv"
+    assert Empty().restrict({"op": ["skip", "pool"]}).largest()["op"] == "pool"  # nothing else is left
+
+
+def test_text_by_hand() -> None:
+    space = Small().restrict({"depth": [1]})
+    assert space.text(arch(30, 3, 8)) == "b=30,depth=3,a=8,op=skip"
+    assert space.text(arch(30, 1, 8)) == "b=10,depth=1,a=4,op=skip"
+    assert space.parse(" op=conv, a=8 ,depth=3,b=30\n") == arch(30, 3, 8, "conv")
+    assert space.part("a") == "" and space.skips == space.nones == ()
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("b=30,depth=3,a=8", "does not set op of"),
+    ("b=30,depth=3,a=8,op", r"'op' is not name=value. .* is written name=value,name=value."),
+    ("b=30,depth=3,a=9,op=skip", "a = 9 is not in this space. Allowed: 4, 8."),
+    ("b=30,depth=3,a=8,op=skip,a=8", "a is set twice, to 8 and to 8. Set it once."),
+    ("b=30,deep=3,a=8,op=skip", "deep is not a choice of .* Nearest: depth."),
+])
+def test_text_refused(text: str, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        Small().parse(text)
+
+
 def test_restrict_is_a_copy_that_knows_its_root() -> None:
     space = Small("x")
     once = space.restrict({"depth": [3, 2]})

@@ -10,6 +10,8 @@ import pytest
 
 import search_spaces
 from search_spaces.arch import ArchFile, space_of
+from search_spaces.darts import AMOEBANET, NASNET, Cells
+from search_spaces.nats import Sizes, Topology
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.space import SearchSpace
 
@@ -17,6 +19,8 @@ SPACES: list[SearchSpace] = [
     CifarResNet(8, "tas", widths=(4, 8, 16)), CifarResNet(14, "tied"), CifarResNet(20, "tas"), CifarResNet(32),
     CifarResNet(44), CifarResNet(56), CifarResNet(110, "tas"), CifarResNet(164, "tas"), CifarResNet(164),
     ImageNetResNet(18), ImageNetResNet(34, "tas"), ImageNetResNet(50, "tas"), ImageNetResNet(50),
+    Topology(), Topology(4, 1), Sizes(), Cells(), Cells(48, 14, "imagenet"), Cells(4, 3, nodes=2, reduce_concat=[3]),
+    Cells(4, 3, nodes=3, ops=("none", "skip_connect", "sep_conv_7x7")), Cells.of(NASNET), Cells.of(AMOEBANET, 4, 5),
 ]
 all_spaces = pytest.mark.parametrize("space", SPACES, ids=str)
 
@@ -39,6 +43,25 @@ def test_one_architecture_is_a_restriction_of_size_one(space: SearchSpace) -> No
     fixed = space.restrict({name: [arch[name]] for name in space.counting(arch)})
     assert fixed.size == 1 < space.size and fixed.largest() == fixed.smallest() == arch
     assert type(fixed) is type(space) and fixed.root is space
+
+
+@all_spaces
+def test_text_is_one_line_and_reads_back(space: SearchSpace) -> None:
+    for arch in (space.sample(random.Random(2)), space.largest(), space.smallest()):
+        text = space.text(arch)
+        assert "\n" not in text and space.parse(f" {text} ") == arch and list(space.parse(text)) == list(arch)
+    for wrong in ("", "x", text[:-1] + "#", text + text):
+        with pytest.raises(ValueError) as error:
+            space.parse(wrong)
+        assert "\n" not in str(error.value)
+
+
+@all_spaces
+def test_skips_and_nones_are_options(space: SearchSpace) -> None:
+    for choice in space.choices:
+        assert choice.ordered or {*space.skips, *space.nones} <= set(choice.options)
+    none = [choice.name for choice in space.choices for value in space.nones if space.largest()[choice.name] == value]
+    assert not none and (not space.nones or {*space.smallest().values()} == {*space.skips})
 
 
 @all_spaces

@@ -1,7 +1,6 @@
 """Interpolation, folding and blending as pure functions, against the page, torch and each candidate by itself."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.space import Mixture
-from supernets.mixing import active, averaging, blend, fold, idle_ones, interpolate_channels, plus_idle
+from supernets.mixing import Candidate, Scaled, active, averaging, blend, fold, idle_ones, interpolate_channels, plus_idle
 
 
 def doubles(*shape: int, seed: int = 0) -> Tensor:
@@ -100,11 +99,13 @@ class Counted(nn.Module):
         self.s = nn.Parameter(torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64))
         self.calls = [0, 0, 0]
 
-    def of(self, j: int, x: Tensor) -> Tensor:
+    def of(self, j: int, x: Tensor, w: Tensor | None) -> Scaled:
+        """The second candidate takes its weight in, as a batch norm does; the others hand it back."""
         self.calls[j] += 1
-        return torch.tanh(self.s[j] * x)
+        y = torch.tanh(self.s[j] * x)
+        return (y, w) if j != 1 or w is None else (w * y, None)
 
-    def candidates(self) -> list[Callable[[Tensor], Tensor]]:
+    def candidates(self) -> list[Candidate]:
         return [partial(self.of, j) for j in range(3)]
 
 
@@ -186,6 +187,27 @@ def test_a_gates_gradient_is_that_of_the_weighted_sum_at_the_gate() -> None:
     full = blend(net.candidates(), x, Mixture(("a", "b", "c"), g))
     (theirs,) = torch.autograd.grad((full * grad).sum(), g)
     assert torch.allclose(out, full, rtol=0, atol=1e-14) and torch.allclose(mine, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("idle", ["absent", "ones", "gate"])
+def test_an_empty_candidate_is_zero_and_not_computed(idle: str) -> None:
+    net, x, w, grad = settled()
+    out = blend([None, *net.candidates()[1:]], x, Mixture(("none", "b", "c"), w, (0, 2), idle))
+    f = values(net, x.detach())
+    factor, rest = (1.0, 0.0) if idle == "gate" else (0.3, 0.5 if idle == "ones" else 0.0)
+    assert torch.allclose(out, factor * f[2] + rest, rtol=0, atol=1e-14) and net.calls == [0, 0, 1]
+    (out * grad).sum().backward()
+    assert w.grad is not None and w.grad[0].item() == 0.0
+    assert w.grad[2].item() == pytest.approx((f[2] * grad).sum().item(), rel=1e-12)
+
+
+def test_a_mixture_of_nothing_but_empty_candidates_is_the_given_zero() -> None:
+    net, x, w, _ = settled()
+    alone = Mixture(("none", "b", "c"), w, (0,), "ones")
+    out = blend([None, *net.candidates()[1:]], x, alone, empty=lambda x: x * 0.0)
+    assert torch.allclose(out, torch.full_like(out, 0.8), rtol=0, atol=1e-15) and net.calls == [0, 0, 0]
+    with pytest.raises(ValueError, match="no zero is given"):
+        blend([None, *net.candidates()[1:]], x, alone)
 
 
 @pytest.mark.parametrize("idle", ["absent", "ones", "gate"])

@@ -1,0 +1,87 @@
+"""RSPS: Random Search and Reproducibility for Neural Architecture Search. Liam Li, Ameet Talwalkar. UAI 2019.
+arXiv 1902.07638. Rules as in the NATS-Bench code (shared page single-path.md).
+
+    (1) w <- SGD on grad_w L_train(w, A), A a uniform random legal architecture, fresh every step
+    (2) at the end: of ``archs`` random architectures, the one with the best accuracy on validation images
+
+Legal is what ``space.sample`` gives: in NAS-Bench-201 a node is redrawn while all its incoming operations are none. In (2)
+every architecture sees ``batches`` random validation batches (published: one of 512; its standard error is about 2 points,
+so give more unless fidelity is the aim) and is normalised by the batch's own statistics. Before the end ``architecture`` is
+the path of the last step. There are no alphas; the arch half is not forwarded during training.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nas.bilevel import Weights, space_and_costs
+from nas.descent import average
+from nas.losses import top1
+from nas.protocols import Draw, Metrics, Moment, Setup
+from search_spaces.space import Arch, Setting, Value
+
+
+@dataclass
+class RSPS:
+    """``archs``: how many are compared at the end, on ``batches`` validation batches each."""
+
+    archs: int = 100
+    batches: int = 1
+    weights: Weights = field(default_factory=Weights)
+
+    def __post_init__(self) -> None:
+        if self.archs < 1 or self.batches < 1:
+            raise ValueError(f"archs = {self.archs}, batches = {self.batches}. Allowed: 1 or more.")
+
+    def start(self, setup: Setup) -> None:
+        self.setup, self.net = setup, setup.net
+        self.space, self.costs = space_and_costs(setup, "RSPS")
+        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.chosen: Arch = self.space.smallest()
+
+    def passes(self) -> int:
+        return 1
+
+    def update(self, draw: Draw, now: Moment) -> Metrics:
+        rate = self.w.rate
+        x, y, _ = draw("train")
+        self.chosen = self.space.sample(now.rng)
+        z = self.net(x, self.chosen)
+        loss = self.setup.loss(z, y)
+        self.w.down(loss, norm=True)  # (1)
+        assert self.w.norm is not None
+        found: Metrics = {
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+        }  # fmt: skip
+        return {**found, **(self.select(draw, now) if now.step + 1 == now.steps else {})}
+
+    @torch.no_grad()
+    def select(self, draw: Draw, now: Moment) -> Metrics:
+        best = -1.0
+        for _ in range(self.archs):
+            arch, right = self.space.sample(now.rng), torch.zeros((), dtype=torch.float64)
+            for _ in range(self.batches):
+                x, y, _ = draw("valid", odds=1.0)
+                right += average(top1(self.net(x, arch), y)).double().cpu() / self.batches
+            if float(right) > best:
+                best, self.chosen = float(right), arch  # (2)
+        return {"valid/top1": best}
+
+    def arch(self, now: Moment) -> Mapping[str, Setting]:
+        return self.space.sample(now.rng)
+
+    def probabilities(self) -> Mapping[str, Sequence[float]]:
+        """Nothing is believed of any choice."""
+        return {}
+
+    def architecture(self) -> Arch:
+        return dict(self.chosen)
+
+    def fits(self, arch: Mapping[str, Value]) -> bool:
+        return True
+
+    def network(self, arch: Mapping[str, Setting]) -> Any:
+        return self.net

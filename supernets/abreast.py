@@ -1,0 +1,158 @@
+"""Operations of one form side by side: E of them as one tensor of E C channels, with one call where each alone needs its own.
+
+Letters: ``B`` batch, ``C O`` channels of one operation, ``H W`` height and width, ``E`` operations, ``K`` features.
+
+In training the statistics of a batch norm are each channel's own, so the operations give what each gives alone, up to rounding.
+Everything here is dense in memory as channels_last, whatever layout came in: (B, H, W, E, C).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from search_spaces.space import Mixture, Value
+from supernets.depthwise import depthwise
+from supernets.mixing import active
+from supernets.operations import Conv, Operation
+
+
+def fits(leaf: nn.Module | None) -> bool:
+    """Whether operations of the form of ``leaf`` can stand side by side: pairs of a depthwise and a pointwise convolution,
+    and norms without scale and shift."""
+    return isinstance(leaf, Operation) and not any(len(norm.weight) for norm in leaf.norms()) and all(
+        len(unit) == 2 and unit[0].depthwise and unit[1] == Conv(1) for unit in leaf.units
+    )  # fmt: skip
+
+
+def columns(mixtures: Sequence[Mixture]) -> dict[Value, Tensor]:
+    """Active option -> its weights in all E mixtures, (E,); {} where they differ in options or in what is active, and where
+    idle options add something."""
+    if len({(m.options, m.active, m.idle) for m in mixtures}) != 1 or mixtures[0].idle != "absent":
+        return {}
+    weights = torch.stack([m.weights for m in mixtures]).unbind(1)
+    return {mixtures[0].options[j]: weights[j] for j in active(mixtures[0])}
+
+
+def abreast(operations: Sequence[nn.Module], x: Tensor, w: Tensor) -> Tensor:
+    """w_e f_e(x_e) of E operations that ``fits`` and that differ in their numbers alone; w: (E,). In training.
+
+    (B, E C, H, W) -> (B, E O, H', W').
+    """
+    alike = [cast(Operation, operation) for operation in operations]
+    k, units, norms = 0, alike[0].units, alike[0].norms()
+    scale = w.to(norms[0].running_mean.dtype).repeat_interleave(alike[0].out[0].full)
+    for u, (unit, norm) in enumerate(zip(units, norms)):
+        first, second = ([operation.weight[i] for operation in alike] for i in (k, k + 1))
+        x = depthwise(x, torch.cat(first), unit[0].steps()[0], unit[0].dilation)
+        x = pointwise(x, torch.stack(second).flatten(2))
+        k, last = k + 2, u == len(units) - 1
+        x = F.batch_norm(x, None, None, scale if last else None, None, training=True, eps=norm.eps)
+        x = x if last else F.relu(x, inplace=True)
+    return x
+
+
+def repeated(x: Tensor, E: int) -> Tensor:  # (B, C, H, W) -> (B, E C, H, W)
+    """``x`` once for each of E operations."""
+    return _Repeated.apply(x, E)
+
+
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """1x1 convolutions of E groups: (B, E C, H, W), (E, O, C) -> (B, E O, H, W)."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(x, weight.flatten(0, 1)[:, :, None, None], groups=len(weight))
+    return _Pointwise.apply(x, weight)
+
+
+def spread(features: Sequence[Tensor], weights: Sequence[Tensor], sums: Tensor, E: int) -> Sequence[Tensor]:
+    """For each of E readers a weighted sum of K features, and its own part of ``sums``.
+
+    K times (B, C, H, W) and (E,); (B, E C, H, W) -> E times (B, C, H, W).
+    """
+    if not features:
+        return sums.chunk(E, dim=1)
+    dense = [feature.to(sums.dtype).contiguous(memory_format=torch.channels_last) for feature in features]
+    return _Spread.apply(torch.stack(list(weights), dim=1), sums, *dense)
+
+
+class _Repeated(torch.autograd.Function):
+    """``x.repeat(1, E, 1, 1)`` in channels_last. Its backward adds E slices, which is faster than a sum over an inner axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, E: int) -> Tensor:
+        ctx.E = E
+        B, C, H, W = x.shape
+        return x.permute(0, 2, 3, 1)[..., None, :].expand(B, H, W, E, C).reshape(B, H, W, E * C).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        parts = g.chunk(ctx.E, dim=1)
+        total = torch.add(parts[0], parts[1]).contiguous(memory_format=torch.channels_last) if ctx.E > 1 else parts[0]
+        for part in parts[2:]:
+            total.add_(part)
+        return total, None
+
+
+class _Pointwise(torch.autograd.Function):
+    """A product for each group, read from and written into the channels where they stand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _products(x, weight.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx = _products(g, weight) if ctx.needs_input_grad[0] else None
+        dw = torch.bmm(_groups(g, len(weight)).transpose(1, 2), _groups(x, len(weight))) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
+def _groups(x: Tensor, E: int) -> Tensor:
+    """(B, E C, H, W) -> (E, B H W, C), a view where ``x`` is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, E, x.shape[1] // E).transpose(0, 1)
+
+
+def _products(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, E C, H, W), (E, C, O) -> (B, E O, H, W)."""
+    B, _, H, W = x.shape
+    E, _, o = weight.shape
+    out = x.new_empty(B * H * W, E, o)
+    torch.bmm(_groups(x, E), weight, out=out.transpose(0, 1))
+    return out.view(B, H, W, E * o).permute(0, 3, 1, 2)
+
+
+class _Spread(torch.autograd.Function):
+    """Weighted sums that pass over the features once for each weight, forward and backward, without temporaries."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, sums: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weights, *features)
+        found, w = [], weights.to(sums.dtype)
+        for row, out in zip(w.unbind(0), sums.chunk(len(w), dim=1)):
+            out = torch.addcmul(out, features[0], row[0])
+            for feature, v in zip(features[1:], row[1:]):
+                out.addcmul_(feature, v)
+            found.append(out)
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor) -> Any:  # type: ignore[override]
+        weights, *features = ctx.saved_tensors
+        dw, back = None, []
+        for column in weights.to(gs[0].dtype).unbind(1):
+            total = gs[0] * column[0]
+            for g, v in zip(gs[1:], column[1:]):
+                total.addcmul_(g, v)
+            back.append(total)
+        if ctx.needs_input_grad[0]:
+            dw = torch.stack([torch.stack([(feature * g).sum() for feature in features]) for g in gs]).to(weights)
+        return dw, torch.cat(gs, dim=1), *back

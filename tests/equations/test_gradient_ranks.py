@@ -1,0 +1,146 @@
+"""Second-order DARTS, RARTS and GDAS on two processes (torchrun, gloo) equal one process on the whole batches, whose net
+normalises each rank's share separately: gradients of the look-ahead, of both copies and of the alphas are averaged, samples
+are the same on every rank. Run as a script, it is one rank."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nas import ranks
+from nas.bilevel import Alphas, Weights
+from nas.cost import Budget, CostTable
+from nas.data import Data
+from nas.feed import Feed
+from nas.losses import CrossEntropy
+from nas.protocols import Batch, Setup
+from nas.ranks import Ranks
+from nas.run import Run
+from nas.strategies.darts import DARTS
+from nas.strategies.gdas import GDAS
+from nas.strategies.random import Random
+from nas.strategies.rarts import RARTS
+from nas.strategies.rsps import RSPS
+from search_spaces.nats import Topology as Cells
+from search_spaces.space import Setting
+from supernets.nats import Topology
+
+ROOT = Path(__file__).parents[2]
+STEPS, EPOCH_STEPS, SEED = 8, 4, 3
+WEIGHTS = Weights(lr=0.1, lr_min=0.02, clip=1.0)
+SETTINGS: dict[str, Any] = {"weights": WEIGHTS, "alphas": Alphas(lr=0.05)}
+
+
+def doubled(strategy: type[Any]) -> Any:
+    """The same with alphas in float64, as the weights."""
+
+    class Double(strategy):  # type: ignore[misc]
+        def start(self, setup: Setup) -> None:
+            super().start(setup)
+            self.alpha.double()
+
+    return Double
+
+
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "darts": lambda: doubled(DARTS)(budget=Budget("40%"), **SETTINGS),
+    "rarts": lambda: doubled(RARTS)(lam=2.0, beta=3.0, **SETTINGS),
+    "jacobi": lambda: doubled(RARTS)(mode="jacobi", **SETTINGS), "gdas": lambda: doubled(GDAS)(**SETTINGS),
+    "rsps": lambda: RSPS(archs=10, batches=2, weights=WEIGHTS), "random": lambda: Random(trials=3, judge=2, weights=WEIGHTS),
+}  # fmt: skip
+ALPHAS = ("darts", "rarts", "jacobi", "gdas")
+
+
+class Shares(Topology):
+    """One process in place of two: each half of a batch meets its own batch statistics."""
+
+    def forward(self, x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0) -> Tensor:
+        return torch.cat([super(Shares, self).forward(half, arch, drop) for half in x.chunk(2)])
+
+
+class Doubled:
+    """The feed in float64; remembers which images it gave out."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self.seen = feed, []  # type: ignore[var-annotated]
+        self.state_dict, self.load_state_dict = feed.state_dict, feed.load_state_dict
+
+    def __call__(self, split: str, size: int | None = None, odds: Any = None) -> Batch:
+        x, y, index = self.feed(split, size, odds)
+        self.seen.append(index)
+        return Batch(x.double(), y, index)
+
+
+def fit(folder: Path, me: Ranks, name: str, supernet: type[Topology]) -> dict[str, Any]:
+    """Eight steps of a run in ``folder``: weights, copies, alphas, the images seen, what is derived."""
+    data = Data("digits", batch_size=16, augment=["crop"], valid_fraction=0.5)
+    space = Cells(4, 1)
+    net = supernet(space, channels=1, classes=10).double()
+    net.reset(torch.Generator().manual_seed(1 + me.rank))  # rank 0's are broadcast
+    setup = Setup(net, space, CostTable(net, (8, 8)), CrossEntropy(), None, STEPS, EPOCH_STEPS, data.count("train"))
+    draw = Doubled(data.feed(SEED, "cpu", me.rank, me.world))
+    strategy, run = STRATEGIES[name](), Run(folder, {"strategy": name}, ranks=me, period=3)
+    try:
+        outcome = run.fit(strategy, setup, draw, seed=SEED)
+    finally:
+        run.close()
+    assert outcome.step == STEPS
+    copies = [strategy.twin] if isinstance(strategy, RARTS) else []
+    return {
+        "weights": flat(net), "copies": torch.cat([torch.zeros(0).double(), *map(flat, copies)]),
+        "alphas": flat(strategy.alpha) if name in ALPHAS else torch.zeros(0).double(),
+        "winner": flat(strategy.network(strategy.architecture())), "seen": torch.stack(draw.seen),
+        "architecture": strategy.architecture(), "valid": [score["top1"] for score in getattr(strategy, "scores", [])],
+    }  # fmt: skip
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two ranks ran all strategies."""
+    folder = tmp_path_factory.mktemp("ranks")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, __file__, str(folder)], env=env, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks_are_one_process_on_the_whole_batch(both: Path, tmp_path: Path, name: str) -> None:
+    first, second = (torch.load(both / f"{name}-{i}.pt", weights_only=True) for i in range(2))
+    one = fit(tmp_path / "one", Ranks(0, 1, 0, True), name, Shares)
+    for part in ("weights", "copies", "alphas", "winner"):
+        assert torch.equal(first[part], second[part])
+        assert first[part].dtype == torch.float64 and torch.allclose(first[part], one[part], rtol=0, atol=1e-10)
+    assert torch.equal(torch.cat([first["seen"], second["seen"]], dim=1), one["seen"])  # disjoint shares of one batch
+    assert first["architecture"] == second["architecture"] == one["architecture"]
+    assert first["valid"] == second["valid"] == pytest.approx(one["valid"])
+    assert len(first["alphas"]) == (30 if name in ALPHAS else 0) and len(first["copies"]) == (
+        len(first["weights"]) if name in ("rarts", "jacobi") else 0
+    )
+    whole = fit(tmp_path / "whole", Ranks(0, 1, 0, True), name, Topology)  # and the shares matter
+    assert not torch.allclose(whole["weights"], one["weights"], rtol=0, atol=1e-4)
+
+
+def child(folder: Path) -> None:
+    """What each of the two processes does."""
+    me = ranks.start("cpu")
+    for name in STRATEGIES:
+        torch.save(fit(folder / name, me, name, Topology), folder / f"{name}-{me.rank}.pt")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]).resolve())
