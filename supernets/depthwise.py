@@ -9,6 +9,7 @@ the other; and the gradient of the input, at stride 1, is a convolution with the
 """
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LAST = torch.channels_last
+_KEPT = threading.local()
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
@@ -86,17 +88,25 @@ def _spaced(x: Tensor, d: int, R: int, gap: int, before: int = 0) -> tuple[Tenso
     B, C, H, W = x.shape
     h, w, c = H // d, W // d, d * C
     width = d * w + (d - 1) * gap + before
+    buffer = _zeros((B, R, width, c, h, gap, before), x.dtype)
     n = B * R * width * c
-    buffer = x.new_empty(n + before * c)
-    rows = buffer[:n].view(B, R, width, c)
-    for start in range(before - gap, width, w + gap):  # the zeros in front of each row of the image
-        if start >= 0:
-            rows[:, :, start : start + gap] = 0
-    rows[:, h:] = 0
-    buffer[n:] = 0
-    pixels = rows.as_strided((B, h, d, w, c), (R * width * c, width * c, (w + gap) * c, c, 1), before * c)
+    pixels = buffer.as_strided((B, h, d, w, c), (R * width * c, width * c, (w + gap) * c, c, 1), before * c)
     pixels.copy_(x.permute(0, 2, 3, 1).view(B, h, d, w, c))
-    return rows.permute(0, 3, 1, 2), buffer[before * c :].view(B, R, width, c).permute(0, 3, 1, 2)
+    first, second = (buffer[start : start + n].view(B, R, width, c).permute(0, 3, 1, 2) for start in (0, before * c))
+    return first, second
+
+
+def _zeros(layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A buffer for (B, R, width, c) numbers and what stands before them, of this thread, kept for the next gradient of this
+    layout: whoever uses it writes all places but the zeros, and reads them before anyone else writes."""
+    kept: dict[Any, Tensor] = _KEPT.__dict__
+    key = (str(dtype), *layout)
+    if key not in kept:
+        if len(kept) >= 64:
+            kept.clear()
+        B, R, width, c, _, _, before = layout
+        kept[key] = torch.zeros(B * R * width * c + before * c, dtype=dtype)
+    return kept[key]
 
 
 def _backward(

@@ -258,7 +258,7 @@ def markdown(kind: str, figures: Mapping[str, Any]) -> str:
 def picture(kind: str, figures: Mapping[str, Any], path: Path) -> None:
     """Accuracy of every run, a row a strategy; for cells beside the mean and spread of the space."""
     names = list(dict.fromkeys(row["strategy"] for row in figures["rows"]))[::-1]
-    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots()
     for row in figures["rows"]:
         score = row["accuracy"] if kind == "cells" else 100 * row["top1"]
@@ -269,6 +269,7 @@ def picture(kind: str, figures: Mapping[str, Any], path: Path) -> None:
         for value, text in ((space["mean"], "mean +- std of all legal cells"), (space["best"], "best cell")):
             axes.axvline(value, color="0.6", linewidth=1)
             axes.text(value, len(names) - 0.4, text, fontsize=7, ha="right" if text == "best cell" else "center")
+    axes.set_ylim(-0.6, len(names) - 0.1)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("accuracy of the found cell in the table, %" if kind == "cells" else "test top-1 of the found network, %")
     figure.savefig(path, dpi=130)
