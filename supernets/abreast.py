@@ -8,6 +8,7 @@ Everything here is dense in memory as channels_last, whatever layout came in: (B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,14 @@ from torch.autograd.function import once_differentiable
 from search_spaces.space import Mixture, Value
 from supernets.depthwise import depthwise
 from supernets.mixing import active
-from supernets.operations import Conv, Operation
+from supernets.operations import Conv, Halve, Operation
 
 
 def fits(leaf: nn.Module | None) -> bool:
-    """Whether operations of the form of ``leaf`` can stand side by side: pairs of a depthwise and a pointwise convolution,
-    and norms without scale and shift."""
+    """Whether operations of the form of ``leaf`` can stand side by side: halvings, and pairs of a depthwise and a pointwise
+    convolution, with norms without scale and shift."""
+    if isinstance(leaf, Halve):
+        return not len(leaf.norm.weight)
     return isinstance(leaf, Operation) and not any(len(norm.weight) for norm in leaf.norms()) and all(
         len(unit) == 2 and unit[0].depthwise and unit[1] == Conv(1) for unit in leaf.units
     )  # fmt: skip
@@ -38,22 +41,59 @@ def columns(mixtures: Sequence[Mixture]) -> dict[Value, Tensor]:
     return {mixtures[0].options[j]: weights[j] for j in active(mixtures[0])}
 
 
-def abreast(operations: Sequence[nn.Module], x: Tensor, w: Tensor) -> Tensor:
-    """w_e f_e(x_e) of E operations that ``fits`` and that differ in their numbers alone; w: (E,). In training.
+class Inputs:
+    """One activated state (B, C, H, W) as E operations read it, each form made when first asked for, once."""
 
-    (B, E C, H, W) -> (B, E O, H', W').
+    def __init__(self, x: Tensor, E: int) -> None:
+        self.x, self.E = x, E
+
+    @cached_property
+    def repeated(self) -> Tensor:  # (B, E C, H, W)
+        return repeated(self.x, self.E)
+
+    @cached_property
+    def even(self) -> Tensor:  # (B, C, H / 2, W / 2): even rows and columns
+        return self.x[:, :, ::2, ::2]
+
+    @cached_property
+    def even_repeated(self) -> Tensor:  # (B, E C, H / 2, W / 2)
+        return repeated(self.even, self.E)
+
+
+def abreast(operations: Sequence[nn.Module], inputs: Inputs, w: Tensor) -> Tensor:
+    """w_e f_e(x) of E operations that ``fits`` and that differ in their numbers alone; w: (E,). In training.
+
+    -> (B, E O, H', W').
     """
+    if isinstance(operations[0], Halve):
+        return _halves([cast(Halve, operation) for operation in operations], inputs, w)
     alike = [cast(Operation, operation) for operation in operations]
     k, units, norms = 0, alike[0].units, alike[0].norms()
     scale = w.to(norms[0].running_mean.dtype).repeat_interleave(alike[0].out[0].full)
+    x: Tensor | None = None
     for u, (unit, norm) in enumerate(zip(units, norms)):
         first, second = ([operation.weight[i] for operation in alike] for i in (k, k + 1))
-        x = depthwise(x, torch.cat(first), unit[0].steps()[0], unit[0].dilation)
+        stride, dilation = unit[0].steps()[0], unit[0].dilation
+        if x is None and stride == dilation == 2:  # reads even pixels alone
+            x, stride, dilation = inputs.even_repeated, 1, 1
+        x = depthwise(inputs.repeated if x is None else x, torch.cat(first), stride, dilation)
         x = pointwise(x, torch.stack(second).flatten(2))
         k, last = k + 2, u == len(units) - 1
         x = F.batch_norm(x, None, None, scale if last else None, None, training=True, eps=norm.eps)
         x = x if last else F.relu(x, inplace=True)
+    assert x is not None
     return x
+
+
+def _halves(operations: Sequence[Halve], inputs: Inputs, w: Tensor) -> Tensor:
+    parts = []
+    for i, pixels in enumerate((inputs.even, inputs.x[:, :, 1::2, 1::2])):
+        weight = torch.cat([operation.weight[i] for operation in operations]).flatten(1)
+        parts.append(F.linear(pixels.permute(0, 2, 3, 1), weight).unflatten(3, (inputs.E, -1)))
+    z = torch.stack(parts, dim=4).flatten(3).permute(0, 3, 1, 2)  # of each operation the even half, then the odd one
+    norm = operations[0].norm
+    scale = w.to(norm.running_mean.dtype).repeat_interleave(operations[0].out[0].full)
+    return F.batch_norm(z, None, None, scale, None, training=True, eps=norm.eps)
 
 
 def repeated(x: Tensor, E: int) -> Tensor:  # (B, C, H, W) -> (B, E C, H, W)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from search_spaces import darts
 from search_spaces.sizes import Segment, fixed
 from search_spaces.space import Mixture, Setting, require
-from supernets.abreast import abreast, columns, fits, repeated, spread
+from supernets.abreast import Inputs, abreast, columns, fits, spread
 from supernets.elastic import Leaf
 from supernets.extract import DropPath
 from supernets.layers import Layer, When, known_view
@@ -128,8 +128,8 @@ class Cell(nn.Module):
         beside = [op for op in w if fits(leaves[0].get(op))]
         if not beside:
             return {}
-        x, shared = repeated(state.active, len(leaves)), [op for op in w if op not in leaves[0]]
-        sums = reduce(Tensor.add_, (abreast([edge[op] for edge in leaves], x, w[op]) for op in beside))
+        inputs, shared = Inputs(state.active, len(leaves)), [op for op in w if op not in leaves[0]]
+        sums = reduce(Tensor.add_, (abreast([edge[op] for edge in leaves], inputs, w[op]) for op in beside))
         found = spread([self._shared(op, state) for op in shared], [w[op] for op in shared], sums, len(leaves))
         for op in [op for op in w if op not in (*beside, *shared)]:
             found = [y + edge[op].scaled(state.active, v)[0] for y, edge, v in zip(found, leaves, w[op].unbind(0))]

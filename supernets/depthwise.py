@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LAST = torch.channels_last
-_KEPT = threading.local()
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
@@ -67,9 +66,9 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, s: int, d: int) -> Te
         return _backward(g, x, weight, s, d, (d * (k // 2), d * (k // 2)))
     if d == 2:  # columns 2i and 2i + 1 are one pixel of 2 C channels; rows 2i and 2i + 1 are one row, with zeros between them
         p, R, pairs = k // 2, max(x.shape[2] // 2, k), torch.cat([weight, weight])
-        g, shifts = _spaced(g, 2, R, p)[0], _spaced(x, 2, R, p, before=p if k == 5 else 0)
+        g, shifts = _spaced("g", g, 2, R, p)[0], _spaced("x", x, 2, R, p, before=p if k == 5 else 0)
     else:
-        pairs, shifts = weight, _spaced(x, 1, x.shape[2], 2, before=2) if k == 5 else (x, x)
+        pairs, shifts = weight, _spaced("x", x, 1, x.shape[2], 2, before=2) if k == 5 else (x, x)
     if k == 3:
         dw = _backward(g, shifts[0], pairs, s, 1, (1, 1))
     else:
@@ -78,7 +77,7 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, s: int, d: int) -> Te
     return dw if d == 1 else dw.unflatten(0, (2, -1)).sum(0)
 
 
-def _spaced(x: Tensor, d: int, R: int, gap: int, before: int = 0) -> tuple[Tensor, Tensor]:
+def _spaced(name: str, x: Tensor, d: int, R: int, gap: int, before: int = 0) -> tuple[Tensor, Tensor]:
     """The image with d rows in one and d columns in one pixel, ``gap`` pixels of zeros between the rows in one, ``before``
     in front, and rows of zeros up to R (oneDNN's kernel wants no fewer than its own):
 
@@ -88,7 +87,7 @@ def _spaced(x: Tensor, d: int, R: int, gap: int, before: int = 0) -> tuple[Tenso
     B, C, H, W = x.shape
     h, w, c = H // d, W // d, d * C
     width = d * w + (d - 1) * gap + before
-    buffer = _zeros((B, R, width, c, h, gap, before), x.dtype)
+    buffer = _zeros(name, (B, R, width, c, h, gap, before), x.dtype)
     n = B * R * width * c
     pixels = buffer.as_strided((B, h, d, w, c), (R * width * c, width * c, (w + gap) * c, c, 1), before * c)
     pixels.copy_(x.permute(0, 2, 3, 1).view(B, h, d, w, c))
@@ -96,17 +95,26 @@ def _spaced(x: Tensor, d: int, R: int, gap: int, before: int = 0) -> tuple[Tenso
     return first, second
 
 
-def _zeros(layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A buffer for (B, R, width, c) numbers and what stands before them, of this thread, kept for the next gradient of this
-    layout: whoever uses it writes all places but the zeros, and reads them before anyone else writes."""
-    kept: dict[Any, Tensor] = _KEPT.__dict__
-    key = (str(dtype), *layout)
-    if key not in kept:
-        if len(kept) >= 64:
-            kept.clear()
-        B, R, width, c, _, _, before = layout
-        kept[key] = torch.zeros(B * R * width * c + before * c, dtype=dtype)
-    return kept[key]
+class _Kept(threading.local):
+    """Buffers of a thread by layout."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def _zeros(name: str, layout: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A buffer (B R width c + before c,) of zeros and of what was last written between them, kept for the next gradient of
+    this layout: fresh memory would cost more than the copy into it. It is read before anyone else writes there."""
+    key = (name, dtype, *layout)
+    if key not in _KEPT.buffers:
+        if len(_KEPT.buffers) >= 64:
+            _KEPT.buffers.clear()
+        B, R, width, c, *_, before = layout
+        _KEPT.buffers[key] = torch.zeros(B * R * width * c + before * c, dtype=dtype)
+    return _KEPT.buffers[key]
 
 
 def _backward(

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces.space import Mixture
-from supernets.abreast import abreast, columns, fits, pointwise, repeated, spread
+from supernets.abreast import Inputs, abreast, columns, fits, pointwise, repeated, spread
 from supernets.operations import Conv, Halve, Operation
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SEPARABLE = [(Conv(5, 2, 1, True), Conv(1)), (Conv(5, 1, 1, True), Conv(1))]
 DILATED = [(Conv(3, 1, 2, True), Conv(1))]
+STRIDED = [(Conv(5, 2, 2, True), Conv(1))]
 
 
 def normal(*shape: int, seed: int = 0, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -34,12 +35,14 @@ def check_equal(found: Any, expected: Any, leaves: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("units", [SEPARABLE, DILATED], ids=["separable", "dilated"])
+@pytest.mark.parametrize("units", [SEPARABLE, DILATED, STRIDED, None], ids=["separable", "dilated", "strided", "halves"])
 @pytest.mark.parametrize("E", [1, 2, 4])
 def test_abreast_is_one_by_one(E: int, units: Any, layout: torch.memory_format) -> None:
-    operations = [Operation(4, 4, units, affine=False).double() for _ in range(E)]
+    operations: list[Any] = [
+        (Halve(4, 6, affine=False) if units is None else Operation(4, 4, units, affine=False)).double() for _ in range(E)
+    ]
     x, w = normal(3, 4, 8, 8, layout=layout), normal(E, seed=1)
-    found = abreast(operations, repeated(x, E), w).chunk(E, dim=1)
+    found = abreast(operations, Inputs(x, E), w).chunk(E, dim=1)
     expected = [operation.scaled(x, v)[0] for operation, v in zip(operations, w.unbind(0))]
     leaves = [x, w, *(p for operation in operations for p in operation.parameters())]
     check_equal(found, expected, leaves)
@@ -74,7 +77,7 @@ def test_repeated_is_a_repetition() -> None:
 def test_what_stands_side_by_side() -> None:
     assert fits(Operation(4, 4, SEPARABLE, affine=False)) and fits(Operation(4, 4, DILATED, affine=False))
     assert not fits(Operation(4, 4, SEPARABLE)) and not fits(Operation(4, 4, [[Conv(3)]], affine=False))
-    assert not fits(Halve(4, 4, affine=False)) and not fits(None)
+    assert fits(Halve(4, 4, affine=False)) and not fits(Halve(4, 4)) and not fits(None)
 
 
 def test_columns_are_of_mixtures_that_are_alike() -> None:
