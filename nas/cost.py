@@ -265,6 +265,8 @@ class Budget:
     in float64, with ``log_ratio`` for log: exact from E = R / 1000 on. In the logits of one choice the slope of log E is
     p_k (c_k - E) / E: it needs no scale of its own, whatever the unit of the price.
 
+    E counts every choice as independent: of a DARTS cell all edges, though two a node are kept; ``derive`` makes up for that.
+
     ``target``: "55%" of the largest architecture of the root space, or a number in the price's unit (for a latency table
     milliseconds a batch). ``price``: macs, params, activations, or the path of a latency table (.csv, ``nas latency``).
     ``tolerance``: what ``fits`` allows, as a share of R. ``weight`` 0 only watches.
@@ -299,6 +301,20 @@ class Budget:
         self.R = budget(self.target, self.table, space, "budget.target")
         if not self.R > 0:
             raise ValueError(f"budget.target = {self.target} is free, and no ratio to it is known. Allowed: above 0.")
+        self._reachable()
+
+    def _reachable(self) -> None:
+        """ValueError where nothing that ``space`` derives meets R: a DARTS cell keeps two edges a node, so no network of
+        that space costs what all its edges would."""
+        shares = {name: [1.0 / len(self.space[name].options) if option in self.space[name].options else 0.0
+                         for option in self.space.root[name].options] for name in self.space.free}  # fmt: skip
+        tilted = self._tilted(shares)
+        low, high = (self.table.of(self.space.derive(tilted(sign * 2.0**20))) for sign in (1, -1))
+        if self.R * (1 + self.tolerance) < low or (self.side == "both" and self.R * (1 - self.tolerance) > high):
+            raise ValueError(
+                f"budget.target = {self.target} ({_figure(self.R)}) is out of reach: what this space derives costs from "
+                f"{_figure(low)} to {_figure(high)}. Choose a budget between them."
+            )
 
     def loss(self, soft: Mapping[str, Setting]) -> Tensor:
         """The term to add to the architecture's loss: () float64, differentiable in the weights of ``soft``."""
@@ -306,7 +322,8 @@ class Budget:
         return self.weight * (distance.abs() if self.side == "both" else distance.relu())
 
     def metrics(self, soft: Mapping[str, Setting], arch: Mapping[str, Value]) -> dict[str, float | Tensor]:
-        """E of ``soft``, the true cost of ``arch`` (what would be derived now) and R, in the price's unit."""
+        """E of ``soft``, the true cost of ``arch`` and R, in the price's unit. Strategies give the most probable ``arch``, as
+        it is before ``derive`` brings it to the budget: how far the two lie apart says how much that has to change."""
         with torch.no_grad():
             E = self.table.expected(soft, self.space)
         return {"cost/expected": E, "cost/current": float(self.table.of(arch)), "cost/target": self.R}

@@ -23,8 +23,8 @@ from search_spaces.space import Choice, Mixture, SearchSpace, Setting, Value
 SKIPS = 0.5  # above: more than half of what a cell keeps has nothing to learn with
 NONES = 2 / 3  # from: a DARTS cell leaves 43% of its edges empty by design, so half would not tell
 NARROWEST = 0.9  # from: a tight budget narrows many choices, only a runaway cost term nearly all
-LEAN = 1.1  # times an even chance: below, what is derived is the noise of the start (logits of std 0.01 give 1.02)
-DECIDED = 0.1  # entropy below: two options at 1.3% and 98.7%; a logit is 4 ahead, which takes Adam 13,000 steps at 3e-4
+LEAN = 1.02  # times an even chance: below, what is derived is the noise of the start (logits of std 1e-3 give 1.002)
+DECIDED = 0.1  # entropy below: two options at 1.3% and 98.7%; a logit is 4 ahead, which takes Adam some 7,000 steps at 3e-4
 EARLY = 0.25  # of the run: until then weights are near their start and ease of training is all that alphas see
 LATE = 0.75  # of the run: before, a mixture beats any one of its undecided options, and should
 GAP = 0.3  # of accuracy: beyond what a derived network lacks for want of its own training alone

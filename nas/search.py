@@ -164,7 +164,7 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
     if not last["fits"]:
         if best is None:
             _log.warning("no derived architecture came within the tolerance of the budget: arch.json misses it. "
-                         "Train longer, or raise alpha_lr.")
+                         "Train longer, or raise the rate of the alphas (alpha_lr of TAS, else alphas.lr).")
         else:
             _log.warning("the last architecture misses the budget: arch.json holds the best one that meets it")
             chosen = best

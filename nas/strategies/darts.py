@@ -18,6 +18,8 @@ Second order, xi = the current rate of w unless given:
 
 Every choice of the space mixes all its options by softmax(a). Not part of the paper: ``budget``, a term on the expected
 cost that joins L_val; alpha warm-up and skip limit (``alphas``).
+
+The second order needs float32 or more: in bfloat16 the difference in (5) is mostly rounding.
 """
 from __future__ import annotations
 

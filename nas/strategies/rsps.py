@@ -8,6 +8,8 @@ Legal is what ``space.sample`` gives: in NAS-Bench-201 a node is redrawn while a
 every architecture sees ``batches`` random validation batches (published: one of 512; its standard error is about 2 points,
 so give more unless fidelity is the aim) and is normalised by the batch's own statistics. Before the end ``architecture`` is
 the path of the last step. There are no alphas; the arch half is not forwarded during training.
+
+Not done: the released code draws operations for every cell anew; here all cells share one architecture, as what is derived.
 """
 from __future__ import annotations
 

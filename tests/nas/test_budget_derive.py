@@ -11,8 +11,10 @@ import torch
 
 from nas.alpha import Alpha
 from nas.cost import Budget, CostTable
+from search_spaces.darts import Cells as CellSpace
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import Arch, SearchSpace
+from supernets.darts import Cells as CellNet
 from supernets.resnet import ResNet
 
 SPACE = CifarResNet(8, "tied")
@@ -90,3 +92,19 @@ def test_the_rule_may_be_the_strategys_own() -> None:
     widest = SPACE["stage0.width"].options[-1]
     arch = budget.derive(alpha.probabilities(), lambda p: alpha.architecture(None, p) | {"stage0.width": widest})
     assert budget.fits(arch) and arch["stage0.width"] == widest
+
+
+def test_a_budget_that_no_derived_cell_meets_is_refused_and_the_others_are_met() -> None:
+    """A DARTS cell keeps two edges a node: 70% of what all its edges would cost is out of its reach, 55% is not."""
+    space = CellSpace(C=4, layers=3)
+    costs = CostTable(CellNet(space, 3, 10), (16, 16))
+    with pytest.raises(ValueError, match=r"budget\.target = 70% .* is out of reach: what this space derives costs from"):
+        Budget("70%").start(costs, space)
+    for target in ("30%", "55%"):
+        budget = Budget(target)
+        budget.start(costs, space)
+        for seed in range(3):
+            alpha = believed(space, 0.1, seed)
+            arch = derived(budget, space, alpha)
+            space.genotype(arch)  # still two inputs a node
+            assert budget.fits(arch)
