@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from search_spaces.space import Mixture, Value
 from supernets.depthwise import depthwise
+from supernets.elastic import Normalise
 from supernets.mixing import active
 from supernets.operations import Conv, Halve, Operation
 
@@ -69,7 +70,7 @@ def abreast(operations: Sequence[nn.Module], inputs: Inputs, w: Tensor) -> Tenso
         return _halves([cast(Halve, operation) for operation in operations], inputs, w)
     alike = [cast(Operation, operation) for operation in operations]
     k, units, norms = 0, alike[0].units, alike[0].norms()
-    scale = w.to(norms[0].running_mean.dtype).repeat_interleave(alike[0].out[0].full)
+    scale = _scale(w, norms[0], alike[0].out[0].full)
     x: Tensor | None = None
     for u, (unit, norm) in enumerate(zip(units, norms)):
         first, second = ([operation.weight[i] for operation in alike] for i in (k, k + 1))
@@ -92,8 +93,13 @@ def _halves(operations: Sequence[Halve], inputs: Inputs, w: Tensor) -> Tensor:
         parts.append(F.linear(pixels.permute(0, 2, 3, 1), weight).unflatten(3, (inputs.E, -1)))
     z = torch.stack(parts, dim=4).flatten(3).permute(0, 3, 1, 2)  # of each operation the even half, then the odd one
     norm = operations[0].norm
-    scale = w.to(norm.running_mean.dtype).repeat_interleave(operations[0].out[0].full)
+    scale = _scale(w, norm, operations[0].out[0].full)
     return F.batch_norm(z, None, None, scale, None, training=True, eps=norm.eps)
+
+
+def _scale(w: Tensor, norm: Normalise, c: int) -> Tensor:
+    """Each weight for all its channels, (E,) -> (E c,), in real numbers: see ``operations.filled``."""
+    return w.to(norm.running_mean.dtype)[:, None].expand(-1, c).contiguous().view(-1)  # reshape: of one operation, a view
 
 
 def repeated(x: Tensor, E: int) -> Tensor:  # (B, C, H, W) -> (B, E C, H, W)
@@ -157,16 +163,18 @@ class _Pointwise(torch.autograd.Function):
 
 def _groups(x: Tensor, E: int) -> Tensor:
     """(B, E C, H, W) -> (E, B H W, C), a view where ``x`` is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, E, x.shape[1] // E).transpose(0, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    B, c, H, W = x.shape
+    return x.as_strided((E, B * H * W, c // E), (c // E, c, 1))
 
 
 def _products(x: Tensor, weight: Tensor) -> Tensor:
     """(B, E C, H, W), (E, C, O) -> (B, E O, H, W)."""
     B, _, H, W = x.shape
     E, _, o = weight.shape
-    out = x.new_empty(B * H * W, E, o)
-    torch.bmm(_groups(x, E), weight, out=out.transpose(0, 1))
-    return out.view(B, H, W, E * o).permute(0, 3, 1, 2)
+    out = torch.empty((B, E * o, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    torch.bmm(_groups(x, E), weight, out=_groups(out, E))
+    return out
 
 
 class _Spread(torch.autograd.Function):

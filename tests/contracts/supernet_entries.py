@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from search_spaces import nats, preresnet
+from search_spaces import darts, nats, preresnet
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.space import Arch, Choice, SearchSpace
+from supernets.darts import Cells
 from supernets.elastic import Normalise
 from supernets.nats import Sizes, Topology
 from supernets.preresnet import PreResNet, ScaledNorm
@@ -309,6 +310,47 @@ def sizes(id: str, **settings: str) -> Entry:
     )  # fmt: skip
 
 
+# -- DARTS --------------------------------------------------------------------------------------------------------------
+
+
+def darts_leaves(net: Any, arch: Arch) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of everything that runs in the cells. Every node of a genotype is read, and node 2 reads both inputs."""
+    for k, cell in enumerate(net.cells):
+        for pre in ("pre0", "pre1"):
+            yield f"cells.{k}.{pre}", cell.get_submodule(pre)
+        for name, option in arch.items():
+            kind, _, edge = name.partition(".")
+            if kind == cell.kind and option in cell.leaves(name):
+                yield f"cells.{k}.{edge}.{option}", cell.leaves(name)[option]
+            elif kind == cell.kind and str(option).endswith("pool_3x3"):
+                path = f"state{edge.rpartition('from')[2]}.{option}"
+                yield f"cells.{k}.{path}", cell.get_submodule(path)
+
+
+def darts_used(net: Any, arch: Arch) -> Iterator[Part]:
+    for path, leaf in (("stem.0", net.stem[0]), *darts_leaves(net, arch)):
+        yield from ((f"{path}.{name}", (slice(None),)) for name, _ in leaf.named_parameters())
+    yield from classifier(net.classifier.weight.shape[1])
+
+
+def darts_norms(net: Any, arch: Arch) -> dict[str, int]:
+    return {
+        f"{path}.{name}": len(norm.running_mean)
+        for path, leaf in (("stem.0", net.stem[0]), *darts_leaves(net, arch))
+        for name, norm in leaf.named_modules() if isinstance(norm, Normalise)
+    }  # fmt: skip
+
+
+def cells(id: str, make_space: Callable[[], SearchSpace], size: int = 8) -> Entry:
+    unknown = "normal.node3.from1 = dreamt is not in this space. Allowed: none, max_pool_3x3"
+    return Entry(
+        id, make_space, Cells, {}, "all", darts_used, darts_norms, groups=one_by_one, owners=named, adopts=False, size=size,
+        refused=lambda space: [
+            ({**space.largest(), "normal.node3.from1": "dreamt"}, inherit, unknown) for inherit in (True, False)
+        ],
+    )  # fmt: skip
+
+
 def tied() -> SearchSpace:
     return CifarResNet(20, "tied", widths=(8, 12, 16))
 
@@ -330,5 +372,6 @@ SUPERNETS = [
     scaled_preresnet("preresnet20", 20, (2, 3, 5)),
     topology("topology", lambda: nats.Topology(4, 1)),
     sizes("sizes"),
+    cells("darts", lambda: darts.Cells(C=4, layers=3, nodes=2)),
     sizes("sizes-shared-sum", norm="shared", mixing="sum"),
 ]
