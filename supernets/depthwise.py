@@ -87,7 +87,7 @@ def _spaced(name: str, x: Tensor, d: int, R: int, gap: int, before: int = 0) -> 
     B, C, H, W = x.shape
     h, w, c = H // d, W // d, d * C
     width = d * w + (d - 1) * gap + before
-    buffer = _zeros(name, (B, R, width, c, h, gap, before), x.dtype)
+    buffer = _zeros(name, (B, R, width, c, d, h, gap, before), x.dtype)
     n = B * R * width * c
     pixels = buffer.as_strided((B, h, d, w, c), (R * width * c, width * c, (w + gap) * c, c, 1), before * c)
     pixels.copy_(x.permute(0, 2, 3, 1).view(B, h, d, w, c))

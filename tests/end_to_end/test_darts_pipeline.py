@@ -59,7 +59,7 @@ def inherited(cells: Path) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(larger: Path) -> Path:
     """The run folder of ``larger`` trained as its recipe says."""
-    return Path(ok("retrain", larger, "--out", larger.parent / "evaluated").last).parent
+    return Path(ok("retrain", larger, "--threads", "1", "--out", larger.parent / "evaluated").last).parent
 
 
 def report(bundle: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_head_and_drop_path_serve_the_training_alone(larger: Path, evaluated: Pa
 
 
 def test_a_killed_evaluation_ends_like_an_unbroken_one(larger: Path, evaluated: Path, tmp_path: Path) -> None:
-    words = ("retrain", larger, "--out", tmp_path / "run", "--resume", "auto")
+    words = ("retrain", larger, "--threads", "1", "--out", tmp_path / "run", "--resume", "auto")
     count = random.Random(3).randint(13, 18)  # in the second of two epochs of 12 steps
     assert run(words, At(KILL, "update", count), tmp_path / "log") == -KILL
     assert "resuming at step 12" in ok(*words).err

@@ -49,6 +49,27 @@ def test_abreast_is_one_by_one(E: int, units: Any, layout: torch.memory_format) 
     assert all(part.permute(0, 2, 3, 1)[0].stride(-1) == 1 for part in found)
 
 
+@pytest.mark.parametrize("E", [1, 3])
+def test_scales_are_real_numbers(E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of a batch norm in channels_last may read a scale without regard to its strides."""
+    scales: list[Tensor] = []
+    batch_norm = F.batch_norm
+
+    def watched(x: Tensor, mean: Any, var: Any, weight: Tensor | None, *rest: Any, **more: Any) -> Tensor:
+        scales.extend([] if weight is None else [weight])
+        return batch_norm(x, mean, var, weight, *rest, **more)
+
+    monkeypatch.setattr(F, "batch_norm", watched)
+    w, inputs = normal(E), Inputs(normal(2, 4, 8, 8), E)
+    for operations in ([Operation(4, 4, DILATED, affine=False).double() for _ in range(E)],
+                       [Halve(4, 4, affine=False).double() for _ in range(E)]):  # fmt: skip
+        abreast(operations, inputs, w)
+    assert len(scales) == 2
+    for scale in scales:
+        assert scale.stride() == (1,) and scale.untyped_storage().nbytes() == 4 * E * 8
+        assert torch.equal(scale, w.repeat_interleave(4))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pointwise_is_a_convolution_in_groups(layout: torch.memory_format) -> None:
     x, w = normal(2, 6, 4, 5, layout=layout), normal(3, 5, 2, seed=1)

@@ -67,6 +67,16 @@ def test_weight_gradients_are_asked_of_kernels_with_three_columns_and_no_dilatio
     assert found.asked == [(3, 1)] * calls
 
 
+def test_one_gradient_after_another_finds_its_zeros() -> None:
+    """Two forms whose buffers have the same sizes, with their zeros in different places."""
+    for C, size, d in ((2, (10, 8), 2), (4, (5, 10), 1), (2, (10, 8), 2), (4, (5, 10), 1)):
+        x = torch.randn(2, C, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(C, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+        (mine,), (theirs,) = (torch.autograd.grad(y.square().sum(), w)
+                              for y in (depthwise(x, w, 1, d), F.conv2d(x, w, None, 1, 2 * d, d, C)))  # fmt: skip
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-9)
+
+
 def test_half_precision_under_autocast() -> None:
     x, w = inputs(5, (8, 8), torch.channels_last)
     x, w = x.detach().float().requires_grad_(), w.detach().float().requires_grad_()
