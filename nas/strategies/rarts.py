@@ -14,7 +14,8 @@ and Adam are the descents' own; the coupling is part of the gradient, before mom
 
 ``kind`` of a: "mixture", softmax over the options of every choice, as in DARTS; or "scales", the width search of the paper: a
 holds the scale of every batch-norm channel, with an L1 penalty, and one threshold over all channels leaves the widths
-(search_spaces.preresnet). The found network is trained from scratch. No official code is public; not done: nothing known.
+(search_spaces.preresnet). The found network is trained from scratch. No official code is public.
+Not done: a free start of y (it starts as w), and an optimizer of its own for y (w and y share ``weights``).
 """
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from nas.strategies.gdas import GDAS
 from nas.strategies.random import Random
 from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
+from nas.strategies.snas import SNAS
 from search_spaces.nats import Topology as Cells
 from search_spaces.space import Setting
 from supernets.nats import Topology
@@ -51,11 +52,12 @@ def doubled(strategy: type[Any]) -> Any:
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "darts": lambda: doubled(DARTS)(budget=Budget("40%"), **SETTINGS),
+    "first": lambda: doubled(DARTS)(order=1, **SETTINGS), "snas": lambda: doubled(SNAS)(**SETTINGS),
     "rarts": lambda: doubled(RARTS)(lam=2.0, beta=3.0, **SETTINGS),
     "jacobi": lambda: doubled(RARTS)(mode="jacobi", **SETTINGS), "gdas": lambda: doubled(GDAS)(**SETTINGS),
     "rsps": lambda: RSPS(archs=10, batches=2, weights=WEIGHTS), "random": lambda: Random(trials=3, judge=2, weights=WEIGHTS),
 }  # fmt: skip
-ALPHAS = ("darts", "rarts", "jacobi", "gdas")
+ALPHAS = ("darts", "first", "snas", "rarts", "jacobi", "gdas")
 
 
 class Shares(Topology):
