@@ -6,6 +6,7 @@
     with w.ahead(train_loss):                           # unrolled step: w' = what the optimizer would make of w
         g = w.grad(valid_loss(), alpha)                 # dL/dw' returned, dL/dalpha accumulated in alpha: one backward
     with w.shifted(g, by=eps): ...                      # w + eps * g
+    with w.frozen(): a.add(loss(net(x, alpha.soft()), y))   # a pass for alpha alone
 
     w.pull(y.params, by=beta)                           # + beta/2 ||w - y||^2, then w.down(...)
 """
@@ -191,6 +192,18 @@ class Descent:
                 for p, d in zip(self.params, direction):
                     p.add_(by * d)
             yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Parameters without gradients, then as before: around a forward and backward that are for others (alphas) alone,
+        which is spared the gradients of the weights."""
+        for p in self.params:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in self.params:
+                p.requires_grad_(True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

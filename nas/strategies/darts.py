@@ -85,8 +85,9 @@ class DARTS:
     def search(self, train: Batch, valid: Batch) -> Metrics:
         """The step on a, of either order."""
         if self.order == 1:
-            L_val, found = self.L_val(valid)
-            self.a.add(L_val)  # (1)
+            with self.w.frozen():
+                L_val, found = self.L_val(valid)
+                self.a.add(L_val)  # (1)
         else:
             xi = self.w.rate if self.xi is None else self.xi
             with torch.no_grad():
@@ -97,7 +98,7 @@ class DARTS:
             eps = 0.01 / get_total_norm(g).clamp_min(1e-30)  # (4)
             scale = xi * (1 + self.weights.momentum if self.weights.nesterov else 1) / (2 * eps)
             for sign in (1, -1):
-                with self.w.shifted(g, sign * eps):
+                with self.w.shifted(g, sign * eps), self.w.frozen():
                     self.a.add(-sign * scale * self.L_train(train, self.alpha.soft()))  # (5)
         self.a.step(norm=True)
         assert self.a.norm is not None

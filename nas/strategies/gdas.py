@@ -72,13 +72,14 @@ class GDAS:
 
     def search(self, valid: Batch, tau: float, now: Moment) -> Metrics:
         sample = self.sample(tau, now)
-        z = self.net(valid.x, sample)
-        loss = self.setup.loss(z, valid.y)
-        L_val, costs = loss, dict[str, float | Tensor]()
-        if self.budget is not None:
-            soft = self.alpha.soft()
-            L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
-        self.a.down(L_val, norm=True)  # (5)
+        with self.w.frozen():
+            z = self.net(valid.x, sample)
+            loss = self.setup.loss(z, valid.y)
+            L_val, costs = loss, dict[str, float | Tensor]()
+            if self.budget is not None:
+                soft = self.alpha.soft()
+                L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
+            self.a.down(L_val, norm=True)  # (5)
         assert self.a.norm is not None
         return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **costs}
 

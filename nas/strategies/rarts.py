@@ -139,9 +139,11 @@ class RARTS:
         return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y)}
 
     def down_a(self, train: Batch, valid: Batch) -> None:
-        self.a.add(self.lam * self.setup.loss(self.net(train.x, self.alpha.soft()), train.y))
-        soft = self.alpha.soft()
-        self.a.add(self.setup.loss(self.twin(valid.x, soft), valid.y) + self.terms(soft))
+        with self.w.frozen():
+            self.a.add(self.lam * self.setup.loss(self.net(train.x, self.alpha.soft()), train.y))
+        with self.y.frozen():
+            soft = self.alpha.soft()
+            self.a.add(self.setup.loss(self.twin(valid.x, soft), valid.y) + self.terms(soft))
         self.a.step(norm=True)  # (4)
 
     def jacobi(self, train: Batch, valid: Batch, beta: float, now: Moment, found: dict[str, Any]) -> None:

@@ -69,13 +69,14 @@ class SNAS:
 
     def search(self, valid: Batch, tau: float, now: Moment) -> Metrics:
         sample = self.alpha.gumbel(tau, now.noise)
-        z = self.net(valid.x, sample)
-        loss = self.setup.loss(z, valid.y)
-        L_val, costs = loss, dict[str, float | Tensor]()
-        if self.budget is not None:
-            soft = self.alpha.soft()
-            L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
-        self.a.down(L_val, norm=True)  # (1)
+        with self.w.frozen():
+            z = self.net(valid.x, sample)
+            loss = self.setup.loss(z, valid.y)
+            L_val, costs = loss, dict[str, float | Tensor]()
+            if self.budget is not None:
+                soft = self.alpha.soft()
+                L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
+            self.a.down(L_val, norm=True)  # (1)
         assert self.a.norm is not None
         return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **costs}
 

@@ -107,10 +107,11 @@ class TAS:
 
         x, y_valid, _ = draw("valid", odds=1.0)  # each step meets uniformly random images of the second half
         S2 = self.sample(tau, now)
-        z_valid = self.net(x, S2)
-        valid = self.setup.loss(z_valid, y_valid)
-        pull, E, F = self.cost_loss()
-        self.a.down(valid + self.cost_weight * pull)  # (2)
+        with self.w.frozen():
+            z_valid = self.net(x, S2)
+            valid = self.setup.loss(z_valid, y_valid)
+            pull, E, F = self.cost_loss()
+            self.a.down(valid + self.cost_weight * pull)  # (2)
         return {
             "train/loss": train.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
             "valid/loss": valid.detach(), "valid/top1": top1(z_valid, y_valid),

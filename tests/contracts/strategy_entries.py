@@ -25,11 +25,12 @@ from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
 from nas.strategies.tas import TAS
-from search_spaces import nats, preresnet
+from search_spaces import darts, nats, preresnet
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import Mixture, SearchSpace, Setting, Value
+from supernets.darts import Cells
 from supernets.extract import extract
-from supernets.nats import Topology
+from supernets.nats import Sizes, Topology
 from supernets.preresnet import PreResNet
 from supernets.resnet import ResNet
 
@@ -67,6 +68,12 @@ KINDS = {
         "free": {}, "no-none": dict.fromkeys(nats.NAMES, nats.OPS[1:]),
         "one-edge": dict.fromkeys(nats.NAMES[1:], ("nor_conv_1x1",)),
         "some": {"node1.from0": ("none", "skip_connect"), "node2.from1": ("avg_pool_3x3",), "node3.from0": nats.OPS[::2]},
+    }),
+    "sizes": Kind(nats.Sizes, Sizes, {"free": {}, "some": {"c1": (56, 64), "c3": (8, 56), "c4": (8,)}}),
+    "darts": Kind(partial(darts.Cells, 4, 3, nodes=2), Cells, {
+        "free": {}, "no-none": {f"{kind}.node{n}.from{s}": darts.OPS[1:] for kind in ("normal", "reduce")
+                                for n in (2, 3) for s in range(n)},
+        "some": {"normal.node2.from0": ("none", "skip_connect"), "reduce.node3.from2": ("max_pool_3x3", "sep_conv_3x3")},
     }),
     "scales": Kind(partial(preresnet.PreResNet, 11, widths=(2, 3, 4)), PreResNet, {
         "free": {}, "some": {"stage0.block0.norm1.width": (2,), "stage2.block0.norm2.width": (1, 3)},
@@ -132,7 +139,9 @@ STRATEGIES = [
     Entry("plain-taught-ema", lambda: Plain(ema=0.9, accumulate=2, schedule="cosine"), None, ALONE, True,
           asks=("train", "train")),
     *gradient_based("tied", lambda: Budget("60%"), ("darts-2", "rarts", "rarts-jacobi", "snas", "gdas")),
-    *gradient_based("cells", lambda: None, ("darts-1", "rarts-jacobi")),
+    *gradient_based("cells", lambda: Budget("35%"), ("darts-1", "rarts-jacobi")),
+    *gradient_based("darts", lambda: Budget("60%"), ("darts-1", "darts-2", "rarts", "rarts-jacobi", "snas")),
+    *gradient_based("sizes", lambda: Budget("60%"), ("darts-1", "darts-2", "rarts", "rarts-jacobi", "snas", "gdas")),
     Entry("rarts-a-first-cells", lambda: RARTS(order=("a", "y", "w")), "cells", THREE, runs="mixture", first="a", slow=True),
     Entry("rarts-scales", lambda: RARTS(kind="scales"), "scales", THREE, runs="mixture"),
     *random_paths("tied", trials=2, slow=True),  # saved in the middle of a trial

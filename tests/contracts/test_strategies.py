@@ -123,7 +123,8 @@ def test_metrics_are_finite_and_name_the_loss(entry: Entry) -> None:
             assert {"valid/loss", "valid/top1", "alpha/entropy"} <= step.metrics.keys()
         budget = getattr(strategy, "budget", None)
         if budget is not None:
-            assert step.metrics["cost/target"] == budget.R == 0.6 * strategy.costs.of(strategy.space.largest())
+            share = float(budget.target.rstrip("%")) / 100
+            assert step.metrics["cost/target"] == budget.R == share * strategy.costs.of(strategy.space.largest())
             assert {"cost/expected", "cost/current"} <= step.metrics.keys()
 
 

@@ -30,8 +30,10 @@ from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
 from search_spaces.nats import Topology as Cells
-from search_spaces.space import Setting
+from search_spaces.preresnet import PreResNet as Scaled
+from search_spaces.space import SearchSpace, Setting
 from supernets.nats import Topology
+from supernets.preresnet import PreResNet
 
 ROOT = Path(__file__).parents[2]
 STEPS, EPOCH_STEPS, SEED = 8, 4, 3
@@ -55,16 +57,26 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "first": lambda: doubled(DARTS)(order=1, **SETTINGS), "snas": lambda: doubled(SNAS)(**SETTINGS),
     "rarts": lambda: doubled(RARTS)(lam=2.0, beta=3.0, **SETTINGS),
     "jacobi": lambda: doubled(RARTS)(mode="jacobi", **SETTINGS), "gdas": lambda: doubled(GDAS)(**SETTINGS),
+    "scales": lambda: doubled(RARTS)(kind="scales", l1=1e-2, keep=0.5, beta=3.0, weights=WEIGHTS, alphas=Alphas(lr=0.05)),
     "rsps": lambda: RSPS(archs=10, batches=2, weights=WEIGHTS), "random": lambda: Random(trials=3, judge=2, weights=WEIGHTS),
 }  # fmt: skip
-ALPHAS = ("darts", "first", "snas", "rarts", "jacobi", "gdas")
+NO_ALPHAS = ("rsps", "random")
+COPIES = ("rarts", "jacobi", "scales")
 
 
-class Shares(Topology):
+def searched(name: str) -> tuple[SearchSpace, type[Any]]:
+    """What the strategy of this name searches: cells, or the channels of a pre-activation ResNet."""
+    return (Scaled(11, widths=(2, 3, 4)), PreResNet) if name == "scales" else (Cells(4, 1), Topology)
+
+
+def shares(supernet: type[Any]) -> type[Any]:
     """One process in place of two: each half of a batch meets its own batch statistics."""
 
-    def forward(self, x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0) -> Tensor:
-        return torch.cat([super(Shares, self).forward(half, arch, drop) for half in x.chunk(2)])
+    class Shares(supernet):  # type: ignore[misc]
+        def forward(self, x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0) -> Tensor:
+            return torch.cat([super(Shares, self).forward(half, arch, drop) for half in x.chunk(2)])
+
+    return Shares
 
 
 class Doubled:
@@ -80,11 +92,11 @@ class Doubled:
         return Batch(x.double(), y, index)
 
 
-def fit(folder: Path, me: Ranks, name: str, supernet: type[Topology]) -> dict[str, Any]:
+def fit(folder: Path, me: Ranks, name: str, shared: bool = False) -> dict[str, Any]:
     """Eight steps of a run in ``folder``: weights, copies, alphas, the images seen, what is derived."""
     data = Data("digits", batch_size=16, augment=["crop"], valid_fraction=0.5)
-    space = Cells(4, 1)
-    net = supernet(space, channels=1, classes=10).double()
+    space, supernet = searched(name)
+    net = (shares(supernet) if shared else supernet)(space, channels=1, classes=10).double()
     net.reset(torch.Generator().manual_seed(1 + me.rank))  # rank 0's are broadcast
     setup = Setup(net, space, CostTable(net, (8, 8)), CrossEntropy(), None, STEPS, EPOCH_STEPS, data.count("train"))
     draw = Doubled(data.feed(SEED, "cpu", me.rank, me.world))
@@ -97,7 +109,7 @@ def fit(folder: Path, me: Ranks, name: str, supernet: type[Topology]) -> dict[st
     copies = [strategy.twin] if isinstance(strategy, RARTS) else []
     return {
         "weights": flat(net), "copies": torch.cat([torch.zeros(0).double(), *map(flat, copies)]),
-        "alphas": flat(strategy.alpha) if name in ALPHAS else torch.zeros(0).double(),
+        "alphas": torch.zeros(0).double() if name in NO_ALPHAS else flat(strategy.alpha),
         "winner": flat(strategy.network(strategy.architecture())), "seen": torch.stack(draw.seen),
         "architecture": strategy.architecture(), "valid": [score["top1"] for score in getattr(strategy, "scores", [])],
     }  # fmt: skip
@@ -122,17 +134,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks_are_one_process_on_the_whole_batch(both: Path, tmp_path: Path, name: str) -> None:
     first, second = (torch.load(both / f"{name}-{i}.pt", weights_only=True) for i in range(2))
-    one = fit(tmp_path / "one", Ranks(0, 1, 0, True), name, Shares)
+    one = fit(tmp_path / "one", Ranks(0, 1, 0, True), name, shared=True)
     for part in ("weights", "copies", "alphas", "winner"):
         assert torch.equal(first[part], second[part])
         assert first[part].dtype == torch.float64 and torch.allclose(first[part], one[part], rtol=0, atol=1e-10)
     assert torch.equal(torch.cat([first["seen"], second["seen"]], dim=1), one["seen"])  # disjoint shares of one batch
     assert first["architecture"] == second["architecture"] == one["architecture"]
     assert first["valid"] == second["valid"] == pytest.approx(one["valid"])
-    assert len(first["alphas"]) == (30 if name in ALPHAS else 0) and len(first["copies"]) == (
-        len(first["weights"]) if name in ("rarts", "jacobi") else 0
-    )
-    whole = fit(tmp_path / "whole", Ranks(0, 1, 0, True), name, Topology)  # and the shares matter
+    assert bool(len(first["alphas"])) == (name not in NO_ALPHAS)
+    assert len(first["copies"]) == (len(first["weights"]) if name in COPIES else 0)
+    whole = fit(tmp_path / "whole", Ranks(0, 1, 0, True), name)  # and the shares matter
     assert not torch.allclose(whole["weights"], one["weights"], rtol=0, atol=1e-4)
 
 
@@ -140,7 +151,7 @@ def child(folder: Path) -> None:
     """What each of the two processes does."""
     me = ranks.start("cpu")
     for name in STRATEGIES:
-        torch.save(fit(folder / name, me, name, Topology), folder / f"{name}-{me.rank}.pt")
+        torch.save(fit(folder / name, me, name), folder / f"{name}-{me.rank}.pt")
     ranks.stop()
 
 

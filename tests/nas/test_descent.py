@@ -189,6 +189,16 @@ def test_shifted(by: Any) -> None:
         pass
 
 
+def test_frozen_passes_give_the_others_the_same_gradient_and_self_none() -> None:
+    p, q = param(2.0), param(3.0)
+    w, a = Descent([p], momentum_sgd), Descent([q], momentum_sgd)
+    with pytest.raises(KeyError), w.frozen():
+        assert not p.requires_grad and q.requires_grad
+        a.add((p * p * q).sum())
+        raise KeyError
+    assert p.requires_grad and p.grad is None and grad_of(q) == 4.0
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_permute_follows_sorted_channels(optimizer: Any) -> None:
     """Permuting and then stepping equals stepping and then permuting."""
