@@ -1,17 +1,16 @@
-"""Searches compared at equal cost: ``python -m nas.benchmarks.quality cells|widths``.
+"""Searches compared at equal cost: ``python -m nas.benchmarks.quality cells|macro|widths``.
 
 Cost is counted in image-passes: images of a batch times ``Strategy.passes()`` (forward and backward passes of one batch a
 step), summed over the run; every strategy gets as many whole epochs as fit. Every run is a ``nas search`` of a shipped
 recipe with overrides, in a process of its own, resumed where it was killed.
 
 ``cells``: NAS-Bench-201 skeleton; what is found is looked up in a table of the accuracies of all cells (--table), beside the
-average cell of the space. ``widths``: residual network under a MACs budget; what is found is trained from scratch, all
-alike, beside the uniform and random widths of equal MACs.
+average cell of the space. ``macro``: the same on TangleNAS's conv-macro space. ``widths``: residual network under a MACs
+budget; what is found is trained from scratch, all alike, beside the uniform and random widths of equal MACs.
 """
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import json
 import os
@@ -26,7 +25,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from nas.cost import CostTable, macs, params
+from nas.matching import match
 from nas.recipe import build, find, parse, read, search_parser
+from nas.tables import read_table
 from search_spaces.arch import ArchFile, read_arch, space_of, write_arch
 from search_spaces.space import Arch, SearchSpace
 
@@ -51,6 +52,14 @@ CELLS = (
     Contestant("RSPS", "rsps-nb201-cifar10"),
     Contestant("random search", "random-nb201-cifar10"),
 )
+MACRO = (
+    Contestant("TangleNAS, softmax", "tangle-macro-cifar10", (f"--{ARGS}.mixing=softmax",)),
+    Contestant("TangleNAS, Dirichlet", "tangle-macro-cifar10", (f"--{ARGS}.mixing=dirichlet",)),
+    Contestant("SPOS sampling, random selection", "rsps-macro-cifar10"),
+    Contestant("random search", "random-macro-cifar10"),
+)
+LOOKED_UP = {"cells": (CELLS, "CIFAR10TestAccuracy200Epochs"), "macro": (MACRO, "test_acc")}
+"""Kinds whose results are looked up -> who takes part, the table's column."""
 WIDTHS = (
     Contestant("TAS", "tas-resnet20-cifar10"),
     Contestant("DARTS, first order", "darts-resnet20-cifar10", (f"--{ARGS}.order=1",)),
@@ -112,46 +121,45 @@ def in_parallel(works: Sequence[Any], processes: int) -> list[Any]:
         return list(pool.map(lambda work: work(), works))
 
 
-# -- cells --------------------------------------------------------------------------------------------------------------
+# -- looked up in a table -----------------------------------------------------------------------------------------------
 
 
-def accuracies(path: Path, column: str) -> dict[str, float]:
-    """Arch string -> accuracy, of a CSV file with a column of NAS-Bench-201 strings."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or column not in rows[0]:
-        raise SystemExit(f"{path} has no column {column}. Allowed: {', '.join(rows[0]) if rows else 'none'}.")
-    key = next((name for name, value in rows[0].items() if value.startswith("|") and "~0|" in value), None)
-    if key is None:
-        raise SystemExit(f"{path} has no column of NAS-Bench-201 strings, such as |none~0|+|none~0|none~1|+|...|.")
-    return {row[key]: float(row[column]) for row in rows}
+def accuracies(path: Path, column: str, space: SearchSpace) -> dict[str, float]:
+    """Text of an architecture -> its value in a file of a whole space. ValueError where it cannot be read."""
+    table = read_table(str(path))
+    table.require(column, "--column")
+    _, known = match({"truth": table}, space, None, {"truth": column})
+    return known["truth"].values
 
 
 def looked_up(job: Job, table: Mapping[str, float]) -> dict[str, Any]:
-    """What ``job`` found: its cell, costs, accuracy in the table and place among all cells (1 is the best)."""
+    """What ``job`` found: its architecture, costs, accuracy in the table and place among all of them (1 is the best)."""
     file = read_arch(job.folder / "arch.json")
     text = space_of(file).text(file.arch)
     value = table[text]
     return {
         "strategy": job.contestant.name, "seed": job.seed, "passes_a_step": job.passes, "epochs": job.epochs,
-        "image_passes": job.image_passes, "cell": text, "macs": file.costs["macs"], "params": file.costs["params"],
+        "image_passes": job.image_passes, "found": text, "macs": file.costs["macs"], "params": file.costs["params"],
         "accuracy": value, "place": 1 + sum(other > value for other in table.values()),
     }  # fmt: skip
 
 
-def cells(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    table = accuracies(args.table, args.column)
-    common = [f"--space.init_args.C={args.C}", f"--space.init_args.N={args.N}", *overrides]
-    jobs = plan(chosen(CELLS, args.only), args.seeds, overrides, args.passes, args.images, args.out)
-    in_parallel([lambda job=job: run(job, common, args.threads) for job in jobs], args.processes)
-    drawn = [value for text, value in table.items() if legal(text)]
+def by_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Every search, and what the table says of its result; beside the mean of what random sampling draws from."""
+    contestants, column = LOOKED_UP[args.kind]
+    sizes = [f"--space.init_args.C={args.C}", f"--space.init_args.N={args.N}"] if args.kind == "cells" else []
+    jobs = plan(chosen(contestants, args.only), args.seeds, overrides, args.passes, args.images, args.out)
+    in_parallel([lambda job=job: run(job, [*sizes, *overrides], args.threads) for job in jobs], args.processes)
+    space = space_of(read_arch(jobs[0].folder / "arch.json"))
+    table = accuracies(args.table, args.column or column, space)
+    drawn = [value for text, value in table.items() if args.kind != "cells" or legal(text)]
     average = {"mean": statistics.fmean(drawn), "median": statistics.median(drawn), "std": statistics.pstdev(drawn),
-               "best": max(table.values()), "cells": len(table), "legal": len(drawn)}  # fmt: skip
+               "best": max(table.values()), "networks": len(table), "drawn": len(drawn)}  # fmt: skip
     return {"rows": [looked_up(job, table) for job in jobs], "space": average}
 
 
 def legal(text: str) -> bool:
-    """Whether every node of a cell receives something: what random sampling draws from."""
+    """Whether every node of a NAS-Bench-201 cell receives something: what random sampling draws from."""
     return all(any(not op.startswith("none~") for op in node.strip("|").split("|")) for node in text.split("+"))
 
 
@@ -237,18 +245,18 @@ def chosen(contestants: Sequence[Contestant], only: Sequence[str] | None) -> lis
 
 def markdown(kind: str, figures: Mapping[str, Any]) -> str:
     """The rows as a table, a strategy's seeds side by side."""
-    lines = (["| strategy | image-passes | accuracy in the table, by seed | mean | place among all cells | MACs | cells |",
-              "|---|---|---|---|---|---|---|"] if kind == "cells" else
+    lines = (["| strategy | image-passes | accuracy in the table, by seed | mean | place among all | MACs | found |",
+              "|---|---|---|---|---|---|---|"] if kind in LOOKED_UP else
              ["| strategy | image-passes | test top-1 alone, by seed | mean | MACs |", "|---|---|---|---|---|"])  # fmt: skip
     names = list(dict.fromkeys(row["strategy"] for row in figures["rows"]))
     for name in names:
         rows = [row for row in figures["rows"] if row["strategy"] == name]
-        scores = [row["accuracy"] if kind == "cells" else 100 * row["top1"] for row in rows]
+        scores = [row["accuracy"] if kind in LOOKED_UP else 100 * row["top1"] for row in rows]
         macs = ", ".join(f"{row['macs'] / 1e6:.2f} M" for row in rows)
         shown = [name, f"{rows[0].get('image_passes', 0):,}" if "image_passes" in rows[0] else "-",
                  ", ".join(f"{score:.2f}" for score in scores), f"{statistics.fmean(scores):.2f}"]  # fmt: skip
-        if kind == "cells":
-            shown += [", ".join(f"{row['place']:,}" for row in rows), macs, " ".join(f"`{row['cell']}`" for row in rows)]
+        if kind in LOOKED_UP:
+            shown += [", ".join(f"{row['place']:,}" for row in rows), macs, " ".join(f"`{row['found']}`" for row in rows)]
         else:
             shown.append(macs)
         lines.append("| " + " | ".join(text.replace("|", "\\|") if "`" in text else text for text in shown) + " |")
@@ -256,29 +264,29 @@ def markdown(kind: str, figures: Mapping[str, Any]) -> str:
 
 
 def picture(kind: str, figures: Mapping[str, Any], path: Path) -> None:
-    """Accuracy of every run, a row a strategy; for cells beside the mean and spread of the space."""
+    """Accuracy of every run, a row a strategy; where it was looked up, beside the mean and spread of the space."""
     names = list(dict.fromkeys(row["strategy"] for row in figures["rows"]))[::-1]
     figure = Figure(figsize=(7.5, 1.2 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots()
     for row in figures["rows"]:
-        score = row["accuracy"] if kind == "cells" else 100 * row["top1"]
+        score = row["accuracy"] if kind in LOOKED_UP else 100 * row["top1"]
         axes.plot(score, names.index(row["strategy"]), "o", color="C0", alpha=0.8)
-    if kind == "cells":
+    if kind in LOOKED_UP:
         space = figures["space"]
         axes.axvspan(space["mean"] - space["std"], space["mean"] + space["std"], color="0.92")
-        for value, text in ((space["mean"], "mean +- std of all legal cells"), (space["best"], "best cell")):
+        for value, text in ((space["mean"], "mean +- std of the space"), (space["best"], "best")):
             axes.axvline(value, color="0.6", linewidth=1)
-            axes.text(value, len(names) - 0.4, text, fontsize=7, ha="right" if text == "best cell" else "center")
+            axes.text(value, len(names) - 0.4, text, fontsize=7, ha="right" if text == "best" else "center")
     axes.set_ylim(-0.6, len(names) - 0.1)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("accuracy of the found cell in the table, %" if kind == "cells" else "test top-1 of the found network, %")
+    axes.set_xlabel("accuracy of what was found in the table, %" if kind in LOOKED_UP else "test top-1 of the found network, %")
     figure.savefig(path, dpi=130)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m nas.benchmarks.quality", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("kind", choices=("cells", "widths"))
+    parser.add_argument("kind", choices=(*LOOKED_UP, "widths"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--passes", type=int, default=250_000, help="image-passes a run")
     parser.add_argument("--images", type=int, default=5_000, help="in the training split, for counting")
@@ -286,8 +294,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", help="contestants, by a part of their names")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--table", type=Path, help="cells: CSV with the accuracies of all cells")
-    parser.add_argument("--column", default="CIFAR10TestAccuracy200Epochs", help="cells: its column")
+    parser.add_argument("--table", type=Path, help="cells, macro: CSV with the accuracies of the whole space")
+    parser.add_argument("--column", help="cells, macro: its column")
     parser.add_argument("--C", type=int, default=8, help="cells: channels of the first stage")
     parser.add_argument("--N", type=int, default=1, help="cells: cells a stage")
     parser.add_argument("--target", type=float, default=50.0, help="widths: budget, %% of the MACs of the largest")
@@ -296,10 +304,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--picture", type=Path, help="draw the figures there (.png)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args, overrides = parser.parse_known_args(argv)
-    if args.kind == "cells" and args.table is None:
-        parser.error("cells needs --table: a CSV with the accuracies of all cells, such as that of NATS-Bench")
+    if args.kind in LOOKED_UP and args.table is None:
+        parser.error(f"{args.kind} needs --table: a CSV with the accuracies of the whole space")
     figures = {"kind": args.kind, "passes": args.passes, "overrides": overrides,
-               **(cells if args.kind == "cells" else widths)(args, overrides)}  # fmt: skip
+               **(by_table if args.kind in LOOKED_UP else widths)(args, overrides)}  # fmt: skip
     print(markdown(args.kind, figures))
     if args.picture:
         picture(args.kind, figures, args.picture)

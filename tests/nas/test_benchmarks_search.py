@@ -43,9 +43,9 @@ def test_a_cell_is_legal_where_every_node_receives_something() -> None:
 def test_the_table_is_found_by_its_strings(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text(f"n,acc,cell\n0,54.5,{SKIP}\n")
-    assert accuracies(path, "acc") == {SKIP: 54.5}
-    with pytest.raises(SystemExit, match=r"no column score\. Allowed: n, acc, cell"):
-        accuracies(path, "score")
+    assert accuracies(path, "acc", Topology()) == {SKIP: 54.5}
+    with pytest.raises(ValueError, match=r"no such column\. Allowed: n, acc, cell"):
+        accuracies(path, "score", Topology())
 
 
 def test_uniform_widths_are_the_nearest_to_the_share() -> None:
@@ -70,7 +70,8 @@ def test_searches_run_and_are_looked_up(tmp_path: Path) -> None:
                             "64", "--seeds", "1", "--only", "random", "--C", "2", "--json", str(tmp_path / "figures.json"),
                             "--picture", str(tmp_path / "figures.png"), "--strategy.trials=1", *DIGITS])  # fmt: skip
     (row,) = figures["rows"]
-    assert row["image_passes"] == 64 and row["accuracy"] == accuracies(table, "acc")[row["cell"]] and 1 <= row["place"] <= 15625
+    assert row["image_passes"] == 64 and 1 <= row["place"] <= 15625
+    assert row["accuracy"] == accuracies(table, "acc", space)[row["found"]]
     assert json.loads((tmp_path / "figures.json").read_text())["rows"][0] == row
     assert (tmp_path / "figures.png").stat().st_size > 5_000
     assert "random search" in markdown("cells", figures)
