@@ -1,11 +1,17 @@
 """The command line: ``nas VERB ...`` or ``python -m nas VERB ...``."""
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 from nas import __version__
 
@@ -20,6 +26,7 @@ VERBS = {
     "predict": "class names for images",
     "monitor": "TensorBoard on the run folders",
 }
+STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def usage() -> str:
@@ -43,20 +50,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nas: {verb!r} is not a command. Allowed: {', '.join(VERBS)}. Nearest: {near}.", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="nas: %(message)s", stream=sys.stderr)
-    command = importlib.import_module(f"nas.commands.{verb}")
-    try:
-        return command.run(rest)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
-        if "--debug" in rest:
-            raise
-        print(f"nas {verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
+    with stoppable(verb) as loaded:
+        command = importlib.import_module(f"nas.commands.{verb}")
         from nas import ranks
 
-        ranks.stop()
+        loaded()
+        try:
+            return command.run(rest)
+        except KeyboardInterrupt:
+            print(f"nas {verb}: {STOPS[signal.SIGINT]}", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError) as error:
+            if "--debug" in rest:
+                raise
+            print(f"nas {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        finally:
+            ranks.stop()
+
+
+@contextlib.contextmanager
+def stoppable(verb: str) -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM end the program with one line and 130 or 143, wherever no run has handlers of its own.
+
+    At once until ``loaded`` is called: an import that is broken off may raise anything, and nothing is there to be saved.
+    Then SIGINT is what it was, and SIGTERM raises SystemExit. What is ignored stays so (nohup, a shell's background jobs).
+    """
+    before: dict[signal.Signals, Any] = {}
+    loading = True
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"nas {verb}: {STOPS[signal.Signals(number)]}\n".encode())
+        if loading:
+            os._exit(128 + number)
+        raise SystemExit(128 + number)
+
+    def loaded() -> None:
+        nonlocal loading
+        loading = False
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in STOPS}
+        before = {number: was for number, was in found.items() if was not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, leave)
+    try:
+        yield loaded
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""Architecture parameters, read as mixtures: logits of every choice (``Alpha``), or scales of channels (``Scales``).
+"""Architecture parameters: logits of every choice, read as mixtures. (Scales of channels: nas/scales.py.)
 
-Letters: ``n`` choices with equally many options, ``K`` options, ``I`` sampled candidates, ``N`` scales. All rows of one
-``K`` are one Parameter, so a whole step's samples are drawn in one call and cross to the host once.
+Letters: ``n`` choices with equally many options, ``K`` options, ``I`` sampled candidates. All rows of one ``K`` are one
+Parameter, so a whole step's samples are drawn in one call and cross to the host once.
 """
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from nas import simplex
 from search_spaces.space import Arch, Mixture, SearchSpace, Setting, Value
-
-if TYPE_CHECKING:
-    from nas.cost import CostTable
 
 
 class Alpha(nn.Module):
@@ -43,11 +40,15 @@ class Alpha(nn.Module):
 
     def soft(self, tau: float = 1.0, names: Iterable[str] | None = None) -> dict[str, Setting]:
         """softmax(alpha / tau), without noise."""
-        out: dict[str, Setting] = {}
-        for rows, logits, _ in self._rows(names):
-            for name, weights in zip(rows, torch.softmax(logits / tau, dim=1).unbind(0)):
-                out[name] = self._mixture(name, weights)
-        return _complete(self.space, out)
+        return self._read(lambda logits: simplex.softmax(logits / tau), names)
+
+    def sparsemax(self, tau: float = 1.0, names: Iterable[str] | None = None) -> dict[str, Setting]:
+        """sparsemax(alpha / tau) (``nas.simplex``), without noise. Options of weight 0 are computed all the same."""
+        return self._read(lambda logits: simplex.sparsemax(logits / tau), names)
+
+    def dirichlet(self, noise: torch.Generator | None, names: Iterable[str] | None = None) -> dict[str, Setting]:
+        """A sample of Dirichlet(elu(alpha) + 1) over the allowed options, with its gradient; its mean if ``noise`` is None."""
+        return self._read(simplex.dirichlet_mean if noise is None else partial(simplex.dirichlet, noise=noise), names)
 
     def gumbel(
         self, tau: float, noise: torch.Generator, names: Iterable[str] | None = None, count: int | None = None
@@ -72,7 +73,7 @@ class Alpha(nn.Module):
             for i, positions, weights in zip(drawn, at.tolist(), v.unbind(0)):
                 options = self.space.root[rows[i]].options
                 out[rows[i]] = Mixture(tuple(options[j] for j in positions), weights)
-        return _complete(self.space, out)
+        return complete(self.space, out)
 
     def straight_through(
         self, tau: float, noise: torch.Generator, names: Iterable[str] | None = None
@@ -86,16 +87,39 @@ class Alpha(nn.Module):
             hard = torch.zeros_like(p).scatter_(1, at[:, None], 1.0)
             for name, j, h in zip(rows, at.tolist(), (hard - p.detach() + p).unbind(0)):
                 out[name] = Mixture(self.space.root[name].options, h, (j,), "ones")
-        return _complete(self.space, out)
+        return complete(self.space, out)
+
+    def gates(self, soft: Mapping[str, Setting], noise: torch.Generator) -> dict[str, Setting]:
+        """Binary gates (ProxylessNAS): of every mixture of ``soft`` one active option, drawn from its weights p.
+
+        The weights are onehot + p - stopgrad(p), exactly onehot, over the options that ``soft`` computes; the others get no
+        gate. Only the drawn one runs; dL/dg_j = <f_j(x), dL/dout> of all is found in the backward pass (``idle="gate"``).
+        """
+        mixtures = {name: s for name, s in soft.items() if isinstance(s, Mixture) and name not in self.space.ties}
+        out: dict[str, Setting] = {}
+        if mixtures:
+            p = pad_sequence([s.weights for s in mixtures.values()], batch_first=True)  # (n, K), 0 behind the last option
+            at = torch.multinomial(p.detach().double().cpu(), 1, generator=noise)  # (n, 1)
+            g = torch.zeros_like(p).scatter_(1, at.to(p.device), 1.0) + (p - p.detach())
+            for (name, s), row, j in zip(mixtures.items(), g.unbind(0), at[:, 0].tolist()):
+                computed = list(range(len(s.options))) if s.active is None else list(s.active)
+                weights = row if len(computed) == len(row) else row[computed]
+                out[name] = Mixture(tuple(s.options[k] for k in computed), weights, (computed.index(j),), "gate")
+        return complete(self.space, out)
 
     # -- readings as numbers ----------------------------------------------------------------------------------------
 
-    def probabilities(self) -> dict[str, list[float]]:
-        """softmax(alpha) of every choice over its root options, on the host."""
+    def probabilities(self, by: str = "softmax") -> dict[str, list[float]]:
+        """What alpha believes of every choice over its root options, on the host: softmax(alpha), sparsemax(alpha) or the
+        mean of Dirichlet(elu(alpha) + 1) (``simplex.READINGS``). A millionth of every sparsemax is softmax, so that options
+        without weight keep the order of their logits: what is second best is asked of edges and by budgets."""
         out: dict[str, list[float]] = {}
         for K, names in self.groups.items():
-            rows = torch.softmax(self._masked(K), dim=1).detach().double().cpu().tolist()
-            out.update(zip(names, rows))
+            logits = self._masked(K).detach()
+            rows = simplex.READINGS[by](logits).double()
+            if by == "sparsemax":
+                rows = rows.lerp(simplex.softmax(logits.double()), 1e-6)
+            out.update(zip(names, rows.cpu().tolist()))
         return out
 
     def architecture(
@@ -143,7 +167,19 @@ class Alpha(nn.Module):
             parts.append(H / allowed.sum(1).to(H).log())
         return torch.cat(parts).mean() if parts else torch.zeros(())
 
+    def divergence(self, anchor: float = 1.0) -> Tensor:
+        """Sum over open choices of KL(Dirichlet(elu(alpha) + 1) || Dirichlet(anchor)) over the allowed options; () tensor."""
+        rows = [simplex.dirichlet_kl(logits, anchor).sum() for _, logits, _ in self._rows(None)]
+        return torch.stack(rows).sum() if rows else torch.zeros(())
+
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _read(self, by: Callable[[Tensor], Tensor], names: Iterable[str] | None) -> dict[str, Setting]:
+        """``by``: masked logits (n, K) -> weights (n, K)."""
+        out: dict[str, Setting] = {}
+        for rows, logits, _ in self._rows(names):
+            out.update((name, self._mixture(name, weights)) for name, weights in zip(rows, by(logits).unbind(0)))
+        return complete(self.space, out)
 
     def _masked(self, K: int) -> Tensor:
         return self.logits[str(K)].masked_fill(~getattr(self, f"allowed_{K}"), float("-inf"))
@@ -184,147 +220,7 @@ class Alpha(nn.Module):
         return Mixture(options, weights, tuple(j for j, option in enumerate(options) if option in allowed))
 
 
-class Scales(nn.Module):
-    """A scale for every channel, read as mixtures of widths whose tail sums are the scales (supernets.preresnet).
-
-    Network Slimming (Liu et al., ICCV 2017, arXiv 1708.06519), and RARTS's width search: the scales of all batch norms
-    are architecture variables, an L1 penalty pulls them to 0, one threshold for the whole network says which stay, and
-    the number that stay at a norm is its width. Every free choice of ``space`` is such a width.
-
-    ``scales``: (N,) one for each option of the root's free choices, one choice after another. Options may be every width
-    1 .. C or only some: a scale is that of the channels that its option adds to the next narrower one. All start at
-    ``value`` (the released code: 0.5). A restricted space loads its root's state; the channels of a forbidden option go
-    with the next wider one. Raises ValueError for a ``value`` of 0 or less, and for free choices that are no widths.
-    """
-
-    at: Tensor
-    covers: Tensor
-    ends: Tensor
-
-    def __init__(self, space: SearchSpace, value: float = 0.5) -> None:
-        super().__init__()
-        if not value > 0:
-            raise ValueError(f"value = {value}: scales start above 0, for instance at 0.5. None at 0 would ever move.")
-        self.space = space
-        self.widths = {name: _whole(space, name) for name in space.free}
-        if not self.widths:
-            raise ValueError(f"{space.name} has no choice left, so there is nothing to scale.")
-        self.counts = [len(options) for options in self.widths.values()]
-        start, at, covers = 0, list[int](), list[int]()
-        for name in space.root.free:
-            whole, options = space.root[name].options, self.widths.get(name, ())
-            at += [start + whole.index(option) for option in options]
-            covers += [b - a for a, b in zip((0, *options), options)]
-            start += len(whole)
-        last = torch.tensor(self.counts).cumsum(0) - 1
-        self.scales = nn.Parameter(torch.full((start,), float(value)))
-        self.register_buffer("at", torch.tensor(at), persistent=False)  # where the remaining options are in scales
-        self.register_buffer("covers", torch.tensor(covers), persistent=False)  # how many channels each of them adds
-        self.register_buffer("ends", torch.zeros(len(at), dtype=torch.bool).index_fill_(0, last, True), persistent=False)
-
-    def soft(self, names: Iterable[str] | None = None) -> dict[str, Setting]:
-        """Mixtures with w_k = s_k - s_(k+1), where s behind the widest option is 0: their tail sums are the scales.
-
-        Weights may have any sign; they are no distribution.
-        """
-        s = self._free()
-        behind = torch.cat([s[1:], s.new_zeros(1)]).masked_fill(self.ends, 0.0)
-        wanted = set(self.widths) if names is None else set(names)
-        rows = zip(self.widths.items(), (s - behind).split(self.counts))
-        return _complete(self.space, {name: Mixture(options, w) for (name, options), w in rows if name in wanted})
-
-    def l1(self) -> Tensor:
-        """sum |s| over all channels of the free choices, () tensor; its slope at 0 is 0, as in the released code."""
-        return (self._free().abs() * self.covers).sum()
-
-    def entropy(self) -> Tensor:
-        """H(|s| / sum |s|) / log(channels), over channels: 1 where all are equal, 0 where one has all. () without gradient."""
-        share = self._free().detach().abs()
-        share = share / (share * self.covers).sum().clamp(min=torch.finfo(share.dtype).tiny)
-        return -(torch.xlogy(share, share) * self.covers).sum() / self.covers.sum().clamp(min=2).log()
-
-    def probabilities(self) -> dict[str, list[float]]:
-        """What is believed of each width, over the root's options: how often ``architecture(keep)`` derives it, if the number
-        of channels to keep is drawn uniformly from 1, 2, .. all of them. A choice that is not free has one certain option
-        (a follower: what it is in ``architecture()``)."""
-        sizes, covers = self._sizes()
-        ranked, order = sizes.sort(descending=True)
-        before = torch.cat([torch.zeros(1, dtype=torch.long), covers[order].cumsum(0)])  # channels in front of each rank
-        above = before[torch.searchsorted(-ranked, -sizes)].double() / before[-1]  # in how many draws an option drops out
-        out = {name: [float(option == value) for option in self.space.root[name].options]
-               for name, value in self.architecture().items()}  # fmt: skip
-        for (name, options), dropped, added in zip(self.widths.items(), above.split(self.counts), covers.split(self.counts)):
-            dropped, order = dropped.sort()
-            kept = torch.searchsorted(added[order].cumsum(0), torch.tensor(options))  # so many stay, at least, for each width
-            reached = (1 - dropped[kept]).index_fill(0, torch.tensor([0]), 1.0).tolist()  # how often a width or a wider one
-            odds = dict(zip(options, (a - b for a, b in zip(reached, (*reached[1:], 0.0)))))
-            out[name] = [odds.get(cast(int, option), 0.0) for option in self.space.root[name].options]
-        return out
-
-    def cut(self, keep: float) -> float:
-        """The threshold on |s| that round(keep * channels) of all channels reach: at least one, more where some are equal.
-
-        Raises ValueError for what is no share.
-        """
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep = {keep} is not a share of the channels. Allowed: above 0, up to 1.")
-        sizes, covers = self._sizes()
-        ranked, order = sizes.sort(descending=True)
-        reached = covers[order].cumsum(0)
-        return float(ranked[int(torch.searchsorted(reached, max(1, round(keep * int(reached[-1])))))])
-
-    def architecture(self, keep: float = 0.6, threshold: float | None = None) -> Arch:
-        """Each width: how many of its channels have |s| >= ``threshold`` (``cut(keep)``, where none is given); at least one.
-
-        In a restricted space: the widest remaining option that is no wider, or else the narrowest. Which channels they
-        are is forgotten: the network is trained from scratch. Raises ValueError for scales that are not finite.
-        """
-        sizes, covers = self._sizes()
-        stays = covers * (sizes >= (self.cut(keep) if threshold is None else threshold))
-        arch = {choice.name: choice.options[0] for choice in self.space.choices}
-        for (name, options), kept in zip(self.widths.items(), stays.split(self.counts)):
-            arch[name] = options[max(bisect_right(options, int(kept.sum())), 1) - 1]
-        return arch | {name: tie.values[arch[tie.leader]] for name, tie in self.space.ties.items()}
-
-    def for_budget(self, costs: CostTable, R: float) -> Arch:
-        """Of the architectures of all thresholds, the dearest that costs at most ``R``, in the unit of ``costs``.
-
-        No cost may fall where a width grows. Raises ValueError where the narrowest network costs more.
-        """
-        levels = [*self._sizes()[0].unique().tolist(), math.inf]  # ascending, so the dearest comes first
-        low, high = 0, len(levels) - 1
-        least = costs.of(self.architecture(threshold=math.inf))
-        if least > R:
-            raise ValueError(f"A budget of {R:,.0f} cannot be reached: the narrowest network of this space costs {least:,.0f}.")
-        while low < high:  # levels[high] fits, nothing below levels[low] does
-            middle = (low + high) // 2
-            fits = costs.of(self.architecture(threshold=levels[middle])) <= R
-            low, high = (low, middle) if fits else (middle + 1, high)
-        return self.architecture(threshold=levels[low])
-
-    # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _free(self) -> Tensor:
-        """The scales of the remaining options of free choices."""
-        return self.scales if len(self.at) == len(self.scales) else self.scales[self.at]
-
-    def _sizes(self) -> tuple[Tensor, Tensor]:
-        """Their |s| (float64), and ``covers``, on the host. Raises ValueError for nan and infinity."""
-        sizes = self._free().detach().abs().double().cpu()
-        if not bool(sizes.isfinite().all()):
-            raise ValueError("The scales are not finite, so they say no width. Lower the rate of alpha or the L1 penalty.")
-        return sizes, self.covers.cpu()
-
-
-def _whole(space: SearchSpace, name: str) -> tuple[int, ...]:
-    """The remaining options of a width. ValueError for a choice that is none."""
-    options = [option for option in space[name].options if isinstance(option, int) and option > 0]
-    if not space[name].ordered or len(options) < len(space[name].options):
-        raise ValueError(f"{name} is no width, so it has no scales. Restrict it to one option, or search it with Alpha.")
-    return tuple(options)
-
-
-def _complete(space: SearchSpace, out: dict[str, Setting]) -> dict[str, Setting]:
+def complete(space: SearchSpace, out: dict[str, Setting]) -> dict[str, Setting]:
     """Adds choices with one option left, and followers with the weights of their leader."""
     for choice in space.choices:
         if choice.name not in space.ties and len(choice.options) == 1:

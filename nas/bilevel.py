@@ -4,27 +4,31 @@
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Adam, Optimizer
 
 from nas.alpha import Alpha
 from nas.cost import Budget, CostTable
-from nas.descent import Descent, cosine
+from nas.descent import Descent, Schedule, cosine
+from nas.optimizers import optimizer
 from nas.protocols import Moment, Setup
 from search_spaces.space import Arch, SearchSpace
 
 
 @dataclass
 class Weights:
-    """SGD on the weights; the values of DARTS (arXiv 1806.09055, released code).
+    """The descent on the weights; the values of DARTS (arXiv 1806.09055, released code).
 
-    The rate falls from ``lr`` to ``lr_min`` along half a cosine over the run, constant within an epoch where ``per_epoch``.
-    ``clip``: largest gradient norm, None for no clipping. ``idle``: what a weight that a step does not use gets, "zeros"
-    (its momentum and decay go on, as in the released codes) or "skip".
+    ``optimizer``: "sgd" (reads ``momentum``, ``nesterov``), "adam" or "adamw" (read ``betas``). The rate grows in equal steps
+    to ``lr`` over ``warmup_epochs``, then falls to ``lr_min`` along half a cosine, constant within an epoch where
+    ``per_epoch``. ``clip``: largest gradient norm, None for no clipping. ``idle``: what a weight that a step does not use
+    gets, "zeros" (its momentum and decay go on, as in the released codes) or "skip".
     """
 
     lr: float = 0.025
@@ -35,18 +39,33 @@ class Weights:
     clip: float | None = 5.0
     per_epoch: bool = True
     idle: str = "zeros"
+    optimizer: str = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr or self.lr == 0:
             raise ValueError(f"weights: lr = {self.lr}, lr_min = {self.lr_min}. Allowed: 0 <= lr_min <= lr, lr above 0.")
+        self._optimizer()
+        if self.warmup_epochs < 0:
+            raise ValueError(f"weights: warmup_epochs = {self.warmup_epochs}. Allowed: 0 or more.")
 
     def descent(self, params: Iterable[nn.Parameter], setup: Setup) -> Descent:
-        """Over ``params``, with a schedule as long as the run of ``setup``."""
-        sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov,
-                      weight_decay=self.weight_decay, fused=True)  # fmt: skip
-        length = setup.epoch_steps if self.per_epoch else 1
-        factor = cosine(max(setup.steps // length, 1), floor=self.lr_min / self.lr)
-        return Descent(params, sgd, lambda step: factor(step // length), clip=self.clip, idle=self.idle)
+        """Over ``params``, with a schedule as long as the run of ``setup``. ValueError where warming up takes all of it."""
+        return Descent(params, self._optimizer(), self._factor(setup), clip=self.clip, idle=self.idle)
+
+    def _optimizer(self) -> Callable[[list[nn.Parameter]], Optimizer]:
+        return optimizer(self.optimizer, self.lr, self.weight_decay, momentum=self.momentum, nesterov=self.nesterov,
+                         betas=self.betas)  # fmt: skip
+
+    def _factor(self, setup: Setup) -> Schedule:
+        """Of the learning rate, at every step."""
+        length, warmup = setup.epoch_steps if self.per_epoch else 1, self.warmup_epochs * setup.epoch_steps
+        if warmup and warmup >= setup.steps:
+            raise ValueError(f"weights: warmup_epochs = {self.warmup_epochs} are the whole run ({setup.steps:,} steps of "
+                             f"{setup.epoch_steps:,} an epoch). Allowed: less.")  # fmt: skip
+        fall = cosine(max((setup.steps - warmup) // length, 1), floor=self.lr_min / self.lr)
+        return lambda step: (step + 1) / warmup if step < warmup else fall((step - warmup) // length)
 
 
 @dataclass
@@ -76,13 +95,14 @@ class Alphas:
         return Alpha(setup.space, self.std).to(next(setup.net.parameters()).device)
 
     def descent(self, alpha: nn.Module) -> Descent:
-        adam = partial(torch.optim.Adam, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        adam = partial(Adam, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         return Descent(alpha.parameters(), adam)
 
-    def derive(self, alpha: Alpha, budget: Budget | None) -> Arch:
-        """The most probable architecture with no more skips than ``skip_limit``, brought to the ``budget`` if there is one."""
-        rule = partial(alpha.architecture, self.skip_limit)
-        return rule() if budget is None else budget.derive(alpha.probabilities(), rule)
+    def derive(self, alpha: Alpha, budget: Budget | None, by: str = "softmax") -> Arch:
+        """The most probable architecture with no more skips than ``skip_limit``, brought to the ``budget`` if there is one.
+        ``by``: how alpha is read (``Alpha.probabilities``)."""
+        rule, p = partial(alpha.architecture, self.skip_limit), alpha.probabilities(by)
+        return rule(p) if budget is None else budget.derive(p, rule)
 
     def rest(self, now: Moment) -> bool:
         """Whether the alphas still wait for the weights."""
@@ -94,6 +114,20 @@ def space_and_costs(setup: Setup, name: str) -> tuple[SearchSpace, CostTable]:
     if setup.space is None or setup.costs is None:
         raise ValueError(f"{name} searches a space: give the run a supernet, its space and a cost table.")
     return setup.space, setup.costs
+
+
+@contextmanager
+def undropped(net: nn.Module) -> Iterator[None]:
+    """``net`` without dropout, then as before: around passes in training mode, whose norms are the batch's own, that judge an
+    architecture. Dropped features would change the verdict by chance."""
+    active = [module for module in net.modules() if isinstance(module, _DropoutNd) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 def temperature(now: Moment, start: float, end: float) -> float:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 from nas import ranks
-from nas.cost import PRICES, CostTable
+from nas.cost import PRICES, Budget, CostTable
 from nas.data import Data
 from nas.engine import seed_from
 from nas.losses import CrossEntropy
@@ -46,8 +46,18 @@ class Built:
     loss: CrossEntropy
     setup: Setup
 
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of the strategy, once it has started; None where it has none of this kind."""
+        found = vars(self.strategy).get("budget")
+        return found if isinstance(found, Budget) and "table" in vars(found) else None
+
     def prices(self, arch: Arch) -> dict[str, int | float]:
-        return {name: self.costs.priced(price).of(arch) for name, price in PRICES.items()}
+        """macs, params, activations; latency_ms where that is the price of the budget."""
+        costs = {name: self.costs.priced(price).of(arch) for name, price in PRICES.items()}
+        if self.budget is not None and self.budget.price not in PRICES:
+            costs["latency_ms"] = self.budget.table.of(arch)
+        return costs
 
 
 def device_of(name: str) -> torch.device:
@@ -177,18 +187,22 @@ def rebuild(file: ArchFile, form: str = "fresh", seed: int = 0) -> fx.GraphModul
     return extract(net, file.arch, x, inherit=form == "inherited", seed=seed)
 
 
-def rebuild_for_training(file: ArchFile, form: str = "fresh", seed: int = 0, head: bool = True) -> TrainingForm:
-    """As ``rebuild``, the same weights for the same seed, with drop path and, ``head``, an auxiliary head.
+def rebuild_for_training(
+    file: ArchFile, form: str = "fresh", seed: int = 0, head: bool = True, by_depth: bool = True
+) -> TrainingForm:
+    """As ``rebuild``, the same weights for the same seed, with drop path and, ``head``, an auxiliary head. ``by_depth``:
+    whether drop path is scaled by depth, where the network does so.
 
     ValueError where networks of this space have neither.
     """
     net, x = _supernet(file)
-    return training_form(net, file.arch, x, inherit=form == "inherited", seed=seed, head=head)
+    return training_form(net, file.arch, x, inherit=form == "inherited", seed=seed, head=head, by_depth=by_depth)
 
 
 def _supernet(file: ArchFile) -> tuple[nn.Module, torch.Tensor]:
-    """The supernet of an arch.json, and an example of its images."""
+    """The supernet of an arch.json, restricted to it (that may need much less memory), and an example of its images."""
     space = space_of(file)
+    space = space.restrict({name: [value] for name, value in file.arch.items() if value in space[name].options})
     module = importlib.import_module("supernets." + space.name.partition(".")[0])
     return module.build(space, file.input[0], len(file.classes)), torch.zeros(2, *file.input)
 

@@ -29,13 +29,13 @@ Terms = dict[tuple[str, ...], np.ndarray]
 
 def macs(op: str, s: Shape) -> int:
     """Multiply-adds of one layer for one image."""
-    if op == "norm":
+    if op in ("norm", "table"):
         return 0
     return s.c_in // s.groups * s.c_out * s.kernel[0] * s.kernel[1] * s.hw[0] * s.hw[1]
 
 
 def params(op: str, s: Shape) -> int:
-    """Trainable numbers of one layer; a norm has a scale and a shift for each channel."""
+    """Trainable numbers of one layer; a norm has a scale and a shift for each channel, a table c_in rows of c_out numbers."""
     if op == "norm":
         return 2 * s.c_out
     return s.c_in // s.groups * s.c_out * s.kernel[0] * s.kernel[1] + (s.c_out if s.bias else 0)
@@ -43,7 +43,7 @@ def params(op: str, s: Shape) -> int:
 
 def activations(op: str, s: Shape) -> int:
     """Output numbers of convolutions and linear layers for one image: a sum over the network, not the peak."""
-    return 0 if op in ("norm", "more") else s.c_out * s.hw[0] * s.hw[1]
+    return 0 if op in ("norm", "more", "table") else s.c_out * s.hw[0] * s.hw[1]
 
 
 PRICES: dict[str, Price] = {"macs": macs, "params": params, "activations": activations}
@@ -222,10 +222,16 @@ def budget(amount: str | float, costs: CostTable, space: SearchSpace, name: str 
     number, share = _amount(amount, name)
     value = number * full if share else number
     low, high = costs.of(space.smallest()), costs.of(space.largest())
-    if not low <= value <= high:
+    if low > high:
         raise ValueError(
-            f"{name} = {amount} ({_figure(value)}) cannot be reached in this space. Smallest cost: {_figure(low)} "
-            f"({low / (full or 1):.1%}), largest: {_figure(high)} ({high / (full or 1):.1%}). Choose a budget between them."
+            f"{name}: by this price the smallest network costs more ({figure(low)}) than the largest ({figure(high)}). Where "
+            "a latency table says so, its rows are noise: measure again on a machine left in peace, with a larger --batch."
+        )
+    if not low <= value <= high:
+        percent = f" A share needs a %: did you mean {100 * number:g}%?" if not share and 0 < number < 1 else ""
+        raise ValueError(
+            f"{name} = {amount} ({figure(value)}) cannot be reached in this space.{percent} Smallest cost: {figure(low)} "
+            f"({low / (full or 1):.1%}), largest: {figure(high)} ({high / (full or 1):.1%}). Choose a budget between them."
         )
     return value
 
@@ -239,7 +245,7 @@ def _amount(amount: str | float, name: str) -> tuple[float, bool]:
         raise ValueError(f"{name} = {amount!r} is not a budget. Allowed: a share such as 55%, or a number.") from None
 
 
-def _figure(cost: float) -> str:
+def figure(cost: float) -> str:
     """Whole numbers whole (MACs), others short (milliseconds)."""
     return f"{cost:,.0f}" if float(cost).is_integer() or abs(cost) >= 1000 else f"{cost:.4g}"
 
@@ -309,11 +315,11 @@ class Budget:
         shares = {name: [1.0 / len(self.space[name].options) if option in self.space[name].options else 0.0
                          for option in self.space.root[name].options] for name in self.space.free}  # fmt: skip
         tilted = self._tilted(shares)
-        low, high = (self.table.of(self.space.derive(tilted(sign * 2.0**20))) for sign in (1, -1))
+        low, high = sorted(self.table.of(self.space.derive(tilted(sign * 2.0**20))) for sign in (1, -1))
         if self.R * (1 + self.tolerance) < low or (self.side == "both" and self.R * (1 - self.tolerance) > high):
             raise ValueError(
-                f"budget.target = {self.target} ({_figure(self.R)}) is out of reach: what this space derives costs from "
-                f"{_figure(low)} to {_figure(high)}. Choose a budget between them."
+                f"budget.target = {self.target} ({figure(self.R)}) is out of reach: what this space derives costs from "
+                f"{figure(low)} to {figure(high)}. Choose a budget between them."
             )
 
     def loss(self, soft: Mapping[str, Setting]) -> Tensor:

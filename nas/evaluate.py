@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.augment import permutation
+from nas.bilevel import undropped
 from nas.data import Data, Split
 from nas.protocols import Batch
 from nas.recalibrate import Statistics, install, recalibrate
@@ -98,11 +99,13 @@ def score_archs(
 def _score_by_batch(
     net: Any, archs: Sequence[Mapping[str, Setting]], data: Data, split: str, device: torch.device, limit: int | None
 ) -> list[Scores]:
-    """Scores of subnets in training mode, without gradient. No buffer is written (law 7)."""
+    """Scores of subnets in training mode, without gradient and without dropout. No buffer is written (law 7)."""
     was = net.training
     net.train()
     try:
-        return [score(partial(net, arch=arch), mixed_batches(data, split, device, limit), len(data.classes)) for arch in archs]
+        with undropped(net):
+            return [score(partial(net, arch=arch), mixed_batches(data, split, device, limit), len(data.classes))
+                    for arch in archs]  # fmt: skip
     finally:
         net.train(was)
 

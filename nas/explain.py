@@ -1,10 +1,13 @@
 """jsonargparse's messages in one line: what, where, what is expected, the nearest known name."""
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import SUPPRESS, ArgumentParser
 
@@ -19,14 +22,15 @@ def explain(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's message as one line: key, given value, what is expected, and the nearest known name."""
     text = " ".join(message.split())
     where = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
-    found = re.search(r"Problem with given class_path '([^']+)'", text)
-    path = found.group(1) if found else ""
+    paths = re.findall(r"Problem with given class_path '([^']+)'", text)
+    path = paths[-1] if paths else ""  # the innermost: of a section of a class
     given = re.search(r"Got value: (.*?)(?: - Expected|$)", text) or re.search(r"Given value: (.*)$", text)
     value = given.group(1) if given else ""
     for pattern, answer in (
-        (r"Option '([^']+)' is not accepted", lambda m: _unknown(m.group(1), parser, path)),
-        (r"Group '([^']+)' does not accept option '([^']+)'", lambda m: _unknown(f"{m.group(1)}.{m.group(2)}", parser)),
-        (r"unrecognized arguments: --([^\s=]+)", lambda m: _unknown(m.group(1), parser)),
+        (r"Option '([^']+)' is not accepted", lambda m: _unknown(m.group(1), parser, where, path)),
+        (r"Group '([^']+)' does not accept option '([^']+)'",
+         lambda m: _unknown(f"{m.group(1)}.{m.group(2)}", parser, where, path)),
+        (r"unrecognized arguments: --([^\s=]+)", lambda m: _unknown(m.group(1), parser, where, path)),
         (r"unrecognized arguments: (\S+)", lambda m: f"{m.group(1)!r} is one word too many. Options are --key value."),
         (r"argument (--\S+): expected one argument", lambda m: f"{m.group(1)} needs a value."),
         (r"module '([^']+)' has no attribute '([^']+)'", lambda m: f"{where}: {_no_class(m.group(1), m.group(2))}"),
@@ -60,10 +64,28 @@ def _kind(expected: str) -> str:
     return KINDS.get(name, name if name.startswith("tuple") else f"a {name}").replace("tuple with", "a list of")
 
 
-def _unknown(name: str, parser: ArgumentParser, path: str = "") -> str:
-    keys = _class_keys(path) if path else keys_of(parser)
-    near = difflib.get_close_matches(name.replace("-", "_"), keys, n=1, cutoff=0.0)
-    return f"{name} is not a known key{f' of {path}' if path else ''}." + (f" Nearest: {near[0]}." if near else "")
+def _unknown(name: str, parser: ArgumentParser, where: str = "", path: str = "") -> str:
+    """What to say of a key that nobody knows: of the class at ``path``, which ``where`` names, or of the ``parser``."""
+    before = f"{where}." if path and where else ""
+    keys = [before + key for key in (_class_keys(path) if path else keys_of(parser))]
+    near = _nearest(f"{before}{name}".replace("-", "_"), keys)
+    return f"{before}{name} is not a known key{f' of {path}' if path else ''}." + (f" Nearest: {near}." if near else "")
+
+
+def _nearest(name: str, keys: Sequence[str]) -> str | None:
+    """The key most like ``name``, its dots followed from the left: one of the same section where that is known, else one of
+    the section most like it, else whatever looks most like the whole."""
+    parts, found = name.split("."), list(keys)
+    for level, part in enumerate(parts):
+        last = level + 1 == len(parts)
+        here = {key.split(".")[level] for key in found if (key.count(".") >= level if last else key.count(".") > level)}
+        known = level > 0 and last and all(key.split(".")[:level] == parts[:level] for key in found)
+        near = difflib.get_close_matches(part, sorted(here), n=1, cutoff=0.0 if known else 0.6)
+        if not near:
+            found = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
+            break
+        found = [key for key in found if key.split(".")[level : level + 1] == near]
+    return min(found, key=lambda key: key.count("."), default=None)
 
 
 def _no_class(module: str, name: str) -> str:
@@ -96,5 +118,18 @@ def keys_of(parser: ArgumentParser) -> list[str]:
 
 
 def _class_keys(path: str) -> list[str]:
+    """The arguments of the class at ``path``, and dotted those of the dataclasses that they are."""
     module, _, name = path.rpartition(".")
-    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    kind = getattr(importlib.import_module(module), name)
+    hints = get_type_hints(kind.__init__)
+    keys: list[str] = []
+    for key in inspect.signature(kind).parameters:
+        section = section_of(hints.get(key))
+        keys += [key, *(f"{key}.{field.name}" for field in (dataclasses.fields(section) if section else ()))]
+    return keys
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass that an argument is declared to be, alone or as one of several; None where it is none."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds else None

@@ -119,22 +119,26 @@ class Keys:
 
 
 class Track:
-    """One split of a feed: its order, rows and labels, and for images decoded on the fly the loader that runs ahead."""
+    """One split of a feed: its order, rows and labels, and for images decoded on the fly the loader that runs ahead.
 
-    def __init__(self, data: Data, split: str, seed: int, device: torch.device | str, share: slice) -> None:
+    Of ``select`` (no training view, and no statistics that would want whole batches) fewer images than a batch will do.
+    """
+
+    def __init__(self, data: Data, split: str, seed: int, device: torch.device | str, rank: int, world: int) -> None:
         self.part = data.splits[data.reads(split)]
         n = len(self.part.rows)
-        if n < data.batch_size:
+        size = min(data.batch_size, n // world * world) if split == "select" else data.batch_size
+        if not 0 < size <= n:
             raise ValueError(f"batch_size = {data.batch_size} is above the {n} images of {split}. Give {n} or less.")
         self.seed = fold(seed, SPLIT, DRAWN.index(split))
         self.augmented = split != "select"
-        self.order = Order(n, data.batch_size, self.seed, device)
+        self.order = Order(n, size, self.seed, device)
         self.labels, self.rows = self.part.labels.to(device), self.part.rows.to(device)
-        self.share = share
+        self.share = slice(rank * size // world, (rank + 1) * size // world)
         self._data, self._next = data, -1
         self._ahead: Iterator[Tensor] | None = None
         if data.on_the_fly:
-            self._keys = Keys(Order(n, data.batch_size, self.seed, "cpu"), self.part.rows, share)
+            self._keys = Keys(Order(n, size, self.seed, "cpu"), self.part.rows, self.share)
             self._loader = data.loader(self.part.images, self._keys, self.augmented)
 
     def pixels(self, step: int, odds: Odds, index: Tensor) -> Tensor:
@@ -175,9 +179,8 @@ class Feed:
             raise ValueError(f"rank = {rank} of world = {world}. Allowed: 0 to {world - 1}.")
         if data.batch_size % world:
             raise ValueError(f"batch_size = {data.batch_size} does not divide by {world} ranks. Give a multiple.")
-        each = data.batch_size // world
         self._data, self._seed, self._device = data, seed, torch.device(device)
-        self._share = slice(rank * each, (rank + 1) * each)
+        self._rank, self._world = rank, world
         self._tracks: dict[str, Track] = {}
         self._steps: dict[str, int] = {}
         self._track("train")
@@ -186,14 +189,14 @@ class Feed:
         if split not in DRAWN:
             raise ValueError(f"No draws from {split!r}. Allowed: {', '.join(DRAWN)}; test is read by reports.")
         if split not in self._tracks:
-            self._tracks[split] = Track(self._data, split, self._seed, self._device, self._share)
+            self._tracks[split] = Track(self._data, split, self._seed, self._device, self._rank, self._world)
         return self._tracks[split]
 
     def __call__(self, split: str, size: int | None = None, odds: Odds = None) -> Batch:
         """The next batch of ``split``; see ``nas.protocols.Draw``. Raises ValueError where it cannot be."""
         track, step = self._track(split), self._steps.get(split, 0)
         index, epoch = track.order(step, odds)
-        index, epoch = index[self._share], epoch[self._share] if isinstance(epoch, Tensor) else epoch
+        index, epoch = index[track.share], epoch[track.share] if isinstance(epoch, Tensor) else epoch
         x = track.pixels(step, odds, index).to(self._device, non_blocking=True)
         view = self._data.augment if track.augmented else None
         self._steps[split] = step + 1

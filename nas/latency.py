@@ -27,10 +27,12 @@ from supernets.layers import Shape
 if TYPE_CHECKING:
     from nas.cost import Price
 
-OPS = ("conv", "linear", "norm", "more")
+OPS = ("conv", "linear", "norm", "more", "table")
 COLUMNS = ("op", "c_in", "c_out", "kernel_h", "kernel_w", "stride", "dilation", "groups", "height", "width", "bias", "ms")
 WARM_UP = 5
 """Passes before those that count: the first ones choose kernels and fill caches."""
+ROUNDS = 3
+"""How often all layers are measured, one after another: what else the machine did then does not stay in a row."""
 
 
 class Row(NamedTuple):
@@ -140,18 +142,20 @@ def _words(op: str, s: Shape) -> str:
 def measure(
     shapes: Iterable[tuple[str, Shape]], device: torch.device | str = "cpu", repeats: int = 20, batch: int = 1
 ) -> list[Row]:
-    """One row for each distinct (op, shape), in the given order: the median of ``repeats`` passes after a warm-up.
+    """One row for each distinct (op, shape), in the given order: the least of ``ROUNDS`` times by ``milliseconds``, which lie
+    as far apart as the measuring of all others takes.
 
     Each layer is measured alone, in float32, by ``plain_layer``. Raises ValueError for repeats or batch below 1.
     """
     if repeats < 1 or batch < 1:
         raise ValueError(f"repeats = {repeats}, batch = {batch}. Allowed: 1 or more of each.")
-    rows = []
-    for op, shape in dict.fromkeys(shapes):
-        layer, size = plain_layer(op, shape)
-        x = torch.ones(batch, *size, device=device)
-        rows.append(Row(op, shape, milliseconds(layer.to(device), x, repeats)))
-    return rows
+    least = dict.fromkeys(shapes, math.inf)
+    for _ in range(ROUNDS):
+        for op, shape in least:
+            layer, size = plain_layer(op, shape)
+            x = torch.ones(batch, *size, device=device)
+            least[op, shape] = min(least[op, shape], milliseconds(layer.to(device), x, repeats))
+    return [Row(op, shape, ms) for (op, shape), ms in least.items()]
 
 
 def plain_layer(op: str, s: Shape) -> tuple[nn.Module, tuple[int, ...]]:
@@ -160,12 +164,15 @@ def plain_layer(op: str, s: Shape) -> tuple[nn.Module, tuple[int, ...]]:
     A convolution is padded as usual for odd kernels ("same"), not at all for even ones; a norm is a batch norm. What a
     "more" term adds to the layer before it cannot be measured alone: it is taken for a layer of its own on that input
     segment (linear where kernel and output are 1x1, else a convolution), which counts the start of a layer once too often.
+    A table is added to as many tokens as it has rows.
     Raises ValueError for an unknown ``op``.
     """
     if op not in OPS:
         raise ValueError(f"op = {op!r} is not known. Allowed: {', '.join(OPS)}.")
     if op == "norm":
         return nn.BatchNorm2d(s.c_out), (s.c_out, *s.hw)
+    if op == "table":
+        return _Added(s.c_in, s.c_out), (s.c_in, s.c_out)
     if op == "linear" or (op == "more" and s.kernel == s.hw == (1, 1)):
         positions = s.hw[0] * s.hw[1]
         return nn.Linear(s.c_in, s.c_out, s.bias), ((s.c_in,) if positions == 1 else (positions, s.c_in))
@@ -175,13 +182,26 @@ def plain_layer(op: str, s: Shape) -> tuple[nn.Module, tuple[int, ...]]:
     return conv, (s.c_in, *size)
 
 
+class _Added(nn.Module):
+    """x (B, rows, c) + a table (rows, c)."""
+
+    def __init__(self, rows: int, c: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
+
+
 def milliseconds(layer: nn.Module, x: Tensor, repeats: int) -> float:
-    """The median time of ``layer(x)`` in eval mode without gradients; on a GPU between events, so passes may queue up."""
+    """The time of ``layer(x)`` in eval mode without gradients: the median of the faster half of the passes, since what else a
+    machine does only ever adds to a time. On a GPU between events, so passes may queue up."""
     layer.eval()
     with torch.no_grad():
         for _ in range(WARM_UP):
             layer(x)
-        return statistics.median(_on_gpu(layer, x, repeats) if x.is_cuda else _on_cpu(layer, x, repeats))
+        times = sorted(_on_gpu(layer, x, repeats) if x.is_cuda else _on_cpu(layer, x, repeats))
+    return statistics.median(times[: (len(times) + 1) // 2])
 
 
 def _on_cpu(layer: nn.Module, x: Tensor, repeats: int) -> list[float]:

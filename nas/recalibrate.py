@@ -42,10 +42,12 @@ def recalibrate(
     """Statistics of every architecture over the same ``batches`` (each (B, C, H, W)), read once.
 
     The net runs with batch statistics and without gradient; its mode and buffers are left as they were. Raises
-    ValueError without batches.
+    ValueError without batches. A net without batch norms has no statistics, and no batch is read for it.
     """
-    sums = [_Sums() for _ in archs]
     norms = [(path, module) for path, module in net.named_modules() if isinstance(module, Normalise)]
+    if not norms:
+        return [{} for _ in archs]
+    sums = [_Sums() for _ in archs]
     was = net.training
     net.train()
     try:

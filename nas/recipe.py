@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import difflib
 import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
@@ -22,7 +21,7 @@ from torch import nn
 
 from nas.bilevel import Weights
 from nas.data import Data
-from nas.explain import explain, keys_of
+from nas.explain import explain, keys_of, section_of
 from nas.losses import CrossEntropy
 from nas.protocols import Strategy
 from nas.strategies.plain import Plain
@@ -111,7 +110,7 @@ def find(name: str) -> Path:
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     if name not in shipped:
         near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.0)
-        raise UsageError(f"recipe {name!r} is not known. Allowed: {', '.join(shipped)}, or a .yaml file. Nearest: {near[0]}.")
+        raise UsageError(f"recipe {name!r} is not known. Nearest: {near[0]}. Allowed: {', '.join(shipped)}, or a .yaml file.")
     return shipped[name]
 
 
@@ -233,8 +232,8 @@ def build(spec: Namespace, **more: Any) -> Any:
 
 def _section(hint: Any, value: Any) -> Any:
     """Keys and values as the dataclass that an argument is declared to be (alone, or one or None); anything else as it is."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
-    return kinds[0](**value) if kinds and isinstance(value, dict) else value
+    kind = section_of(hint)
+    return kind(**value) if kind and isinstance(value, dict) else value
 
 
 @contextlib.contextmanager
@@ -243,7 +242,7 @@ def _one_line(parser: ArgumentParser) -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise UsageError(explain(str(error), parser)) from None
-    except SystemExit as stop:  # --help prints and leaves with 0
-        if stop.code:
+    except SystemExit as stop:  # --help prints and leaves with 0, SIGTERM with 143
+        if stop.code == 2:
             raise UsageError(f"{parser.prog}: bad usage; see {parser.prog} --help") from None
         raise

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nas.build import Built
+from nas.cost import PRICES, Budget, figure
 from nas.picks import Picks
+from search_spaces.space import Value
 
 COLUMNS = {
     "health/entropy": "entropy", "health/share_skip": "skip", "health/share_none": "none",
@@ -49,6 +51,14 @@ def report(
     if random is not None:
         parts.append("## Random search at equal cost\n\n" + comparison(random))
     return "\n\n".join([*parts, "## Go on\n\n" + _go_on(config, folder, random)]) + "\n"
+
+
+def against_budget(budget: Budget, arch: Mapping[str, Value]) -> str:
+    """What ``arch`` costs at the price of a (started) budget, beside its target, in one line."""
+    unit = {"macs": "MACs", "params": "parameters"}.get(budget.price, budget.price if budget.price in PRICES else "ms")
+    cost, by = budget.table.of(arch), "" if budget.price in PRICES else f" by {budget.price}"
+    share = f" ({budget.target} of the largest)" if str(budget.target).strip().endswith("%") else ""
+    return f"Budget: {figure(cost)} {unit}{by}, {cost / budget.R:.1%} of the target of {figure(budget.R)} {unit}{share}"
 
 
 def settings(strategy: Any) -> str:
@@ -116,8 +126,9 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
 def _found(built: Built, picks: Picks, pick: Mapping[str, Any]) -> str:
     costs, full = built.prices(pick["arch"]), built.prices(built.space.root.largest())
     lines = [["", "found", "of the largest"], ["---", "---:", "---:"]]
-    lines += [[name, f"{costs[price]:,}", f"{100 * costs[price] / full[price]:.1f}%"]
-              for name, price in (("MACs", "macs"), ("parameters", "params"))]  # fmt: skip
+    names = {"macs": "MACs", "params": "parameters", "latency_ms": "ms by the budget's table"}
+    lines += [[name, figure(costs[price]), f"{100 * costs[price] / full[price]:.1f}%"]
+              for price, name in names.items() if price in costs]  # fmt: skip
     top1 = pick["metric"]
     words = (f"{top1['split']} top-1 {top1['value']:.4f} on {top1['n']:,} images, weights: {top1['weights']}, batch norm: "
              f"{top1['bn']}.")  # fmt: skip
@@ -126,6 +137,8 @@ def _found(built: Built, picks: Picks, pick: Mapping[str, Any]) -> str:
                   "misses it and is in arch-last.json.")  # fmt: skip
     if not pick["fits"]:
         words += " It misses the strategy's budget, as every architecture that was derived did."
+    if built.budget is not None:
+        words += f"\n\n{against_budget(built.budget, pick['arch'])}."
     return f"    {built.space.text(pick['arch'])}\n\n" + _table(lines) + "\n\n" + words
 
 

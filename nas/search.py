@@ -31,7 +31,7 @@ from nas.losses import CrossEntropy
 from nas.picks import Picks
 from nas.protocols import Strategy
 from nas.recalibrate import install
-from nas.report import report, write_whole
+from nas.report import against_budget, report, write_whole
 from nas.run import Run
 from search_spaces.arch import ArchFile, read_arch, write_arch
 from search_spaces.space import Arch
@@ -179,6 +179,8 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
               100 * file.costs["macs"] / full["macs"], f"{file.costs['params']:,}",
               100 * file.costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
               chosen["metric"]["n"])  # fmt: skip
+    if built.budget is not None:
+        _log.info("%s", against_budget(built.budget, chosen["arch"]))
     return chosen
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from search_spaces.space import Mixture, Value
+from supernets.chains import Chain, Conv
 from supernets.depthwise import depthwise
 from supernets.elastic import Normalise
 from supernets.mixing import active
-from supernets.operations import Conv, Halve, Operation
+from supernets.operations import Chained, Halve
 
 
 def fits(leaf: nn.Module | None) -> bool:
@@ -28,7 +29,7 @@ def fits(leaf: nn.Module | None) -> bool:
     convolution, with norms without scale and shift."""
     if isinstance(leaf, Halve):
         return not len(leaf.norm.weight)
-    return isinstance(leaf, Operation) and not any(len(norm.weight) for norm in leaf.norms()) and all(
+    return isinstance(leaf, Chained) and not any(len(norm.weight) for norm in leaf.norms()) and all(
         len(unit) == 2 and unit[0].depthwise and unit[1] == Conv(1) for unit in leaf.units
     )  # fmt: skip
 
@@ -61,19 +62,21 @@ class Inputs:
         return repeated(self.even, self.E)
 
 
-def abreast(operations: Sequence[nn.Module], inputs: Inputs, w: Tensor) -> Tensor:
-    """w_e f_e(x) of E operations that ``fits`` and that differ in their numbers alone; w: (E,). In training.
+def abreast(operations: Sequence[nn.Module | Chain], inputs: Inputs, w: Tensor | None) -> Tensor:
+    """w_e f_e(x) of E operations that ``fits``, or chains of such, that differ in their numbers alone; w: (E,), for chains
+    also None, where weights are in the kernels. In training.
 
     -> (B, E O, H', W').
     """
     if isinstance(operations[0], Halve):
+        assert w is not None
         return _halves([cast(Halve, operation) for operation in operations], inputs, w)
-    alike = [cast(Operation, operation) for operation in operations]
-    k, units, norms = 0, alike[0].units, alike[0].norms()
-    scale = _scale(w, norms[0], alike[0].out[0].full)
+    alike = [operation if isinstance(operation, Chain) else cast(Chained, operation).chain() for operation in operations]
+    k, units, norms = 0, alike[0].units, alike[0].norms
+    scale = None if w is None else _scale(w, norms[0], len(alike[0].weights[-1]))
     x: Tensor | None = None
     for u, (unit, norm) in enumerate(zip(units, norms)):
-        first, second = ([operation.weight[i] for operation in alike] for i in (k, k + 1))
+        first, second = ([chain.weights[i] for chain in alike] for i in (k, k + 1))
         stride, dilation = unit[0].steps()[0], unit[0].dilation
         if x is None and stride == dilation == 2:  # reads even pixels alone
             x, stride, dilation = inputs.even_repeated, 1, 1

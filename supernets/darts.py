@@ -18,15 +18,18 @@ from search_spaces import darts
 from search_spaces.sizes import Segment, fixed
 from search_spaces.space import Mixture, Setting, require
 from supernets.abreast import Inputs, abreast, columns, fits, spread
+from supernets.chains import Chain, Conv
 from supernets.elastic import Leaf
+from supernets.entangled import entangle, superposed
 from supernets.extract import DropPath
 from supernets.layers import Layer, When, known_view
-from supernets.mixing import Candidate, Scaled, blend
-from supernets.operations import CandidateLeaf, Classifier, Conv, Halve, Operation, Pool, identity, joined, zero
+from supernets.mixing import Candidate, Scaled, active, blend
+from supernets.operations import CandidateLeaf, Chained, Classifier, Halve, Operation, Pool, identity, joined, zero
 
 Arch = Mapping[str, Setting]
 POOLS = {"max_pool_3x3": "max", "avg_pool_3x3": "avg"}
 SKIP = "skip_connect"
+FAMILIES = ("sep_conv_", "dil_conv_")
 
 
 def operation(op: str, C: int, stride: int) -> CandidateLeaf | None:
@@ -42,6 +45,21 @@ def operation(op: str, C: int, stride: int) -> CandidateLeaf | None:
     if kind == "dil":
         return Operation(C, C, [(Conv(k, stride, 2, True), Conv(1))], affine=False)
     return Operation(C, C, [(Conv(k, stride, 1, True), Conv(1)), (Conv(k, 1, 1, True), Conv(1))], affine=False)
+
+
+def families(ops: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Of the options ``ops``, the operations that can share weights: sep_conv of several sizes, dil_conv of several sizes.
+
+    ValueError for an option that is a sum of two of them, as both would need statistics of one norm.
+    """
+    single = dict.fromkeys(op for option in ops for op in darts.parts(option))
+    found = [tuple(op for op in single if op.startswith(kind)) for kind in FAMILIES]
+    for option in ops:
+        if any(len(set(darts.parts(option)) & set(family)) > 1 for family in found):
+            raise ValueError(
+                f"{option} adds two operations that entangled cells give one norm. Leave out entangled, or this option."
+            )
+    return tuple(family for family in found if len(family) > 1)
 
 
 class State:
@@ -68,11 +86,15 @@ class Cell(nn.Module):
 
     ``into``: channels of the two cells before it. ``halved``: whether the first of them has twice the height and width.
     ``node3.from1.sep_conv_3x3`` is the path of a leaf: a choice and its option; ``state1.max_pool_3x3`` of what all edges
-    from a state share.
+    from a state share. ``families``: the operations that share weights, on each edge.
     """
 
-    def __init__(self, space: darts.Cells, kind: str, into: tuple[int, int], C: int, halved: bool) -> None:
+    def __init__(
+        self, space: darts.Cells, kind: str, into: tuple[int, int], C: int, halved: bool,
+        families: Sequence[Sequence[str]] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.families = families
         self.kind, self.C, self.ops = kind, C, space.ops
         self.nodes = range(2, space.nodes + 2)
         self.concat = space.normal_concat if kind == "normal" else space.reduce_concat
@@ -87,7 +109,10 @@ class Cell(nn.Module):
             edges = nn.ModuleDict()
             for source in range(node):
                 made = {op: operation(op, C, self.stride(source)) for op in ops}
-                edges[f"from{source}"] = nn.ModuleDict({op: leaf for op, leaf in made.items() if leaf is not None})
+                leaves = {op: leaf for op, leaf in made.items() if leaf is not None}
+                for family in families:
+                    leaves = entangle(leaves, family)
+                edges[f"from{source}"] = nn.ModuleDict(leaves)
             self.add_module(f"node{node}", edges)
         self.drop_path = DropPath()
 
@@ -129,11 +154,22 @@ class Cell(nn.Module):
         if not beside:
             return {}
         inputs, shared = Inputs(state.active, len(leaves)), [op for op in w if op not in leaves[0]]
-        sums = reduce(Tensor.add_, (abreast([edge[op] for edge in leaves], inputs, w[op]) for op in beside))
+        mixed = [ops for family in self.families if (ops := [op for op in family if op in w])]
+        runs: list[tuple[Sequence[nn.Module | Chain], Tensor | None]] = [
+            ([edge[op] for edge in leaves], w[op]) for op in beside if not any(op in ops for ops in mixed)
+        ]
+        runs += [(self._entangled(ops, leaves, w), None) for ops in mixed]
+        sums = reduce(Tensor.add_, (abreast(operations, inputs, column) for operations, column in runs))
         found = spread([self._shared(op, state) for op in shared], [w[op] for op in shared], sums, len(leaves))
         for op in [op for op in w if op not in (*beside, *shared)]:
             found = [y + edge[op].scaled(state.active, v)[0] for y, edge, v in zip(found, leaves, w[op].unbind(0))]
         return dict(zip(mixtures, found))
+
+    @staticmethod
+    def _entangled(ops: Sequence[str], leaves: Sequence[Mapping[str, CandidateLeaf]], w: Mapping[str, Tensor]) -> list[Chain]:
+        """What the operations ``ops`` of one family run on each of E edges; ``w``: their weights (E,)."""
+        rows = zip(*(w[op].unbind(0) for op in ops))
+        return [superposed([cast(Chained, edge[op]) for op in ops], row) for edge, row in zip(leaves, rows)]
 
     @staticmethod
     def _shared(op: str, state: State) -> Tensor:
@@ -152,7 +188,11 @@ class Cell(nn.Module):
             name = darts.edge(self.kind, node, source)
             setting = arch[name]
             options = setting.options if isinstance(setting, Mixture) else (setting,)
-            found = [self._candidate(name, str(option), state, drop) for option in options]
+            runs = self._superposed(name, setting)
+            found = [self._candidate(name, str(option), state, drop, runs) for option in options]
+            for chain in runs.values():
+                y = chain.run(state.active)
+                out.append(y if drop is None else self.drop_path(y, drop))
             if isinstance(setting, Mixture):
                 mixtures.append(setting)
                 mixed += found
@@ -163,10 +203,24 @@ class Cell(nn.Module):
             out.append(blend(mixed, states[0].x, joined(mixtures), empty))
         return reduce(operator.add, out) if out else empty(states[0].x)
 
-    def _candidate(self, name: str, option: str, state: State, drop: Any) -> Candidate | None:
-        """What an option of the edge ``name`` makes of ``state``; None for nothing."""
+    def _superposed(self, name: str, setting: Setting) -> dict[tuple[str, ...], Chain]:
+        """What the entangled families of the edge ``name`` run under a mixture, by the operations that run in it. A gate never
+        mixes: its candidates stay apart."""
+        if not self.families or not isinstance(setting, Mixture) or setting.idle == "gate":
+            return {}
+        w: dict[str, Tensor] = {}
+        for j in active(setting):
+            for op in darts.parts(str(setting.options[j])):
+                w[op] = w[op] + setting.weights[j] if op in w else setting.weights[j]
+        here = [tuple(op for op in family if op in w) for family in self.families]
+        leaves = self.leaves(name)
+        return {ops: superposed([cast(Chained, leaves[op]) for op in ops], [w[op] for op in ops]) for ops in here if ops}
+
+    def _candidate(self, name: str, option: str, state: State, drop: Any, runs: Iterable[Sequence[str]]) -> Candidate | None:
+        """What an option of the edge ``name`` makes of ``state``, without the operations in ``runs``; None for nothing."""
         require(name, option, self.ops)
-        ops = [partial(self._operate, name, op, state, drop) for op in darts.parts(option)]
+        elsewhere = {op for ops in runs for op in ops}
+        ops = [partial(self._operate, name, op, state, drop) for op in darts.parts(option) if op not in elsewhere]
         return ops[0] if len(ops) == 1 else partial(_sum, ops) if ops else None
 
     def _operate(self, name: str, op: str, state: State, drop: Any, _: Tensor, w: Tensor | None) -> Scaled:
@@ -205,10 +259,19 @@ class Cells(nn.Module):
 
     ``channels``: of the input image. ``classes``: outputs. ``forward(x, arch, drop)``: ``drop`` is the strength of drop path,
     on the output of every operation but the identity.
+
+    ``entangled``: the sep_conv of all sizes on an edge share the depthwise kernels of the largest, of which the smaller ones
+    are the centres, its pointwise convolutions and its norms; so do the dil_conv (TangleNAS, page 2.2). A value runs its
+    slices. A mixture runs each family once, on depthwise kernels that are the sum of w times the padded slices, weighted in
+    front of the norms as released. The norms have no scale, so they divide the size of the weights out again: the weights of
+    a family act by their ratio alone, it counts 1 on its edge whatever they sum to, and where one of its operations is
+    active its weight gets (but for the norm's eps) no gradient. A gate (idle = "gate") never mixes: every option is its own
+    slices. ValueError for an option that adds two operations of one family.
     """
 
-    def __init__(self, space: darts.Cells, channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, space: darts.Cells, channels: int = 3, classes: int = 10, entangled: bool = False) -> None:
         super().__init__()
+        shared = families(space.ops) if entangled else ()
         self.space, C = space, space.C
         self.imagenet = space.stem == "imagenet"
         if self.imagenet:
@@ -223,7 +286,7 @@ class Cells(nn.Module):
         for k in range(space.layers):
             kind = "reduce" if k in self.reductions() else "normal"
             C *= 2 if kind == "reduce" else 1
-            cell = Cell(space, kind, into, C, halved)
+            cell = Cell(space, kind, into, C, halved, shared)
             self.cells.append(cell)
             into, halved = (into[1], len(cell.concat) * C), kind == "reduce"
         self.classifier = Classifier((Segment(fixed(into[1]), into[1]),), classes)
@@ -299,22 +362,27 @@ class Cells(nn.Module):
         return records + self.classifier.layers((1, 1))
 
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
-        """Of an edge in all its cells: the weights of operations that this option alone runs (any option: all)."""
-        kind, others = self.space.part(choice), [o for o in self.space.root[choice].options if o != option]
-        shared = {op for other in others for op in darts.parts(str(other))} if option is not None else set()
-        return [
-            p
-            for cell in self.every_cell() if cell.kind == kind
-            for op, leaf in cell.leaves(choice).items()
-            if op not in shared and (option is None or op in darts.parts(str(option)))
-            for p in leaf.parameters()
-        ]  # fmt: skip
+        """Of an edge in all its cells: the weights of operations that this option alone runs (any option: all). Those that
+        entangled operations share are of an option only where no other runs one of them."""
+        kind, found = self.space.part(choice), list[nn.Parameter]()
+        for cell in self.every_cell():
+            leaves = cell.leaves(choice) if cell.kind == kind else {}
+            for leaf in leaves.values():
+                users = {o for o in self.space.root[choice].options if _runs(leaves, darts.parts(str(o)), leaf)}
+                found += leaf.parameters() if option is None or users == {option} else ()
+        return found
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""
         for module in self.modules():
             if isinstance(module, Leaf):
                 module.reset(generator)
+
+
+def _runs(leaves: Mapping[str, CandidateLeaf], ops: Iterable[str], own: CandidateLeaf) -> bool:
+    """Whether one of ``ops`` runs on the weights of ``own``."""
+    running = (leaves[op] for op in ops if op in leaves)
+    return any((leaf.whole if isinstance(leaf, Chained) else leaf) is own for leaf in running)
 
 
 def _halved(hw: tuple[int, int]) -> tuple[int, int]:

@@ -79,6 +79,15 @@ def init_linear(layer: nn.Linear | ElasticLinear, generator: torch.Generator | N
         layer.bias.zero_()
 
 
+def init_default(weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None) -> None:
+    """PyTorch's own start of convolutions and linear layers, U(+-1 / sqrt(fan-in)), drawn on the CPU (the same numbers on
+    every device); of the ``bias`` beside ``weight`` too, after it."""
+    bound = 1.0 / math.sqrt(weight[0].numel())
+    with torch.no_grad():
+        for p in (weight,) if bias is None else (weight, bias):
+            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+
+
 class Normalise(nn.Module):
     """Batch norm of the first c of C channels, with its own scale and shift per candidate width, shared ones, or none
     (``affine=False``).
@@ -90,6 +99,7 @@ class Normalise(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     eps = 1e-5
+    momentum = 0.1  # of the plain network's norm
 
     def __init__(self, widths: Sequence[int], separate: bool, affine: bool = True) -> None:
         super().__init__()

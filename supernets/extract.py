@@ -14,13 +14,20 @@ from supernets.elastic import Leaf
 
 
 class DropPath(nn.Module):
-    """Each sample is kept with probability 1 - ``drop`` and then divided by it, in training (DARTS, released code)."""
+    """Each sample is kept with probability 1 - ``share`` * ``drop`` and then divided by it, in training (DARTS, released code).
 
-    def forward(self, y: Tensor, drop: float) -> Tensor:  # (B, C, H, W) -> the same
+    ``share``: how much of the strength a place in the network has; of cell l of L (l + 1) / L in ScheduledDropPath (NASNet).
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, y: Tensor, drop: float) -> Tensor:  # (B, ...) -> the same
         if not self.training or not drop:
             return y
-        keep = 1.0 - drop
-        return y * (y.new_empty(len(y), 1, 1, 1).bernoulli_(keep) / keep)
+        keep = 1.0 - drop * self.share
+        return y * (y.new_empty(len(y), *[1] * (y.ndim - 1)).bernoulli_(keep) / keep)
 
 
 @runtime_checkable
@@ -111,10 +118,12 @@ def extract(
 
 
 def training_form(
-    net: nn.Module, arch: Mapping[str, Value], x: Tensor, inherit: bool = False, seed: int = 0, head: bool = True
+    net: nn.Module, arch: Mapping[str, Value], x: Tensor, inherit: bool = False, seed: int = 0, head: bool = True,
+    by_depth: bool = True,
 ) -> TrainingForm:
     """The network that ``extract`` makes of the same arguments, in its training form. ``head``: with an auxiliary head, whose
-    weights are always fresh. ValueError where the networks of ``net`` have neither head nor drop path."""
+    weights are always fresh. ``by_depth``: whether drop path keeps the shares of its places; else all have the whole strength.
+    ValueError where the networks of ``net`` have neither head nor drop path."""
     _check(net, arch, inherit)
     if not isinstance(net, Tapped):
         raise ValueError(
@@ -127,6 +136,9 @@ def training_form(
         torch.manual_seed(seed)
         graph, (_, features) = _made(net, alone, arch, x, inherit)
         own = net.head(tuple(features.shape[1:])).to(features) if head else None
+    for module in graph.modules():
+        if isinstance(module, DropPath) and not by_depth:
+            module.share = 1.0
     return TrainingForm(graph, own).train(net.training)
 
 
@@ -178,6 +190,9 @@ def _inline(graph: fx.Graph, leaf: fx.Node, plain: nn.Module, inputs: list[Any],
         else:
             copied = graph.node_copy(node, lambda n: made[n])
             copied.meta = dict(leaf.meta)
+            if node.op == "get_attr":  # a parameter of its own
+                copied.target = f"{leaf.target}.{node.target}"
+                modules[copied.target] = plain.get_parameter(node.target)  # type: ignore[arg-type, assignment]
             if node.op == "call_module":
                 copied.target = f"{leaf.target}.{node.target}"
                 modules[copied.target] = plain.get_submodule(node.target)  # type: ignore[arg-type]

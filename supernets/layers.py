@@ -26,8 +26,9 @@ class Shape(NamedTuple):
 class Layer(NamedTuple):
     """One additive TERM of the cost.
 
-    ``op``: "conv", "linear", "norm" (0 MACs, 2c parameters) or "more" (a further input segment of the convolution or
-    linear layer before it: products and weights, no outputs), constant per record.
+    ``op``: "conv", "linear", "norm" (0 MACs, 2c parameters), "more" (a further input segment of the convolution or
+    linear layer before it: products and weights, no outputs) or "table" (c_in rows of c_out numbers that are added to as many
+    tokens or looked up: parameters alone), constant per record.
     ``on``: the choices the term depends on, at most four. ``shape``: their values, in that order -> Shape,
     or None where the layer is absent.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from search_spaces.space import Mixture
 
@@ -88,22 +89,38 @@ def idle_ones(mixture: Mixture) -> Tensor | float:
 
 
 class _Gate(torch.autograd.Function):
-    """Identity on ``out``; the gradient of weight j is <f_j(x), dL/dout>, with f_j run in the backward pass without a
-    graph (ProxylessNAS, full_v2)."""
+    """The sum of ``outs``, which are f_j(x) of j in ``at``; the gradient of weight j is <f_j(x), dL/dout> for every j. The
+    other f_j are found by ``run`` in the backward pass, without a graph and under the autocast of the forward, None for zero
+    (ProxylessNAS, full_v2). Where nothing is active, ``outs`` is one zero and ``at`` is empty.
+
+    One backward alone: ``run`` is let go after it, and with it what it read, cell by cell; RuntimeError in a second one."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weights: Tensor, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
-        ctx.run = run
-        ctx.count = len(weights)
-        ctx.save_for_backward(x, weights)
-        return out.clone()
+    def forward(  # type: ignore[override]
+        ctx: Any, weights: Tensor, run: Callable[[int], Tensor | None], at: Sequence[int], *outs: Tensor
+    ) -> Tensor:
+        kind = outs[0].device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.run, ctx.at = run, at
+        ctx.save_for_backward(weights, *outs)
+        return reduce(torch.add, outs) if len(outs) > 1 else outs[0].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weights = ctx.saved_tensors
-        with torch.no_grad():
-            dots = torch.stack([(ctx.run(j, x) * grad).sum() for j in range(ctx.count)])
-        return grad, dots.to(weights.dtype), None, None
+        weights, *outs = ctx.saved_tensors
+        dots, known, run = None, dict(zip(ctx.at, outs)), ctx.run
+        if ctx.needs_input_grad[0]:
+            if run is None:
+                raise RuntimeError("gates run their candidates in one backward pass; a second one (retain_graph) cannot.")
+            ctx.run, dots = None, torch.zeros_like(weights)
+            kind, dtype, enabled = ctx.autocast
+            with torch.no_grad(), torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+                for j in range(len(weights)):
+                    y = known[j] if j in known else run(j)
+                    if y is not None:
+                        dots[j] = (y * grad).sum(dtype=weights.dtype)
+        return dots, None, None, *[grad] * len(outs)
 
 
 Scaled = tuple[Tensor, Tensor | None]
@@ -127,17 +144,19 @@ def blend(
     if not active(mixture):
         raise ValueError(f"a mixture over {mixture.options} has no active option: activate at least one")
     counting = [j for j in active(mixture) if candidates[j] is not None]
-    if not counting:
-        if empty is None:
-            raise ValueError(f"a mixture over {mixture.options} computes nothing here, and no zero is given")
-        return plus_idle(empty(x), idle_ones(mixture))
+    if not counting and empty is None:
+        raise ValueError(f"a mixture over {mixture.options} computes nothing here, and no zero is given")
+    nothing = [empty(x)] if empty is not None and not counting else []
 
-    def alone(j: int, x: Tensor) -> Tensor:
+    def alone(j: int) -> Tensor | None:
         candidate = candidates[j]
-        return candidate(x, None)[0] if candidate is not None else torch.zeros((), dtype=x.dtype, device=x.device)
+        return None if candidate is None else candidate(x, None)[0]
 
     if mixture.idle == "gate":
-        return _Gate.apply(reduce(torch.add, [alone(j, x) for j in counting]), mixture.weights, x.detach(), alone)
+        outs = nothing or [y for j in counting if (y := alone(j)) is not None]
+        return _Gate.apply(mixture.weights, alone, counting, *outs)
+    if nothing:
+        return plus_idle(nothing[0], idle_ones(mixture))
     w = mixture.weights.to(x.dtype).unbind(0)
     out: Tensor | None = None
     for j in counting:

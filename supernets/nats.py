@@ -16,19 +16,23 @@ from torch import Tensor, nn
 from search_spaces import nats
 from search_spaces.sizes import Segment, Size, fixed
 from search_spaces.space import Mixture, SearchSpace, Setting, require
+from supernets.chains import Chain, together
 from supernets.elastic import prefix
+from supernets.entangled import entangle, superposed
 from supernets.layers import Layer, Shape, When, term
 from supernets.mixing import Candidate, Scaled, active, averaging, blend, fold, plus_idle
 from supernets.nats_skeleton import Convolution, Skeleton
-from supernets.operations import Conv, Operation, identity, joined, together, zero
+from supernets.operations import Chained, Conv, Operation, identity, joined, zero
 
 Arch = Mapping[str, Setting]
 KERNELS = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}
 SIZED = (*KERNELS, "skip_connect")
 
 
-Leaving = Mapping[str, Mapping[str, tuple[Operation, Tensor]]]
-"""Operations under mixtures that read one state: option -> edge -> (leaf, weight)."""
+Run = tuple[Chain, Tensor | None]
+"""What runs, and the weight of what it gives; None where the weights are in its kernels already."""
+Leaving = Mapping[str, Mapping[str, Run]]
+"""What runs under mixtures that read one state: option -> edge -> ..; an entangled family stands under its largest option."""
 
 
 class State:
@@ -51,8 +55,8 @@ class State:
         """What an operation under a mixture gives, times its weight. Those of one option are one convolution."""
         if option not in self._mixed:
             group = self.leaving[option]
-            operations, weights = zip(*group.values())
-            self._mixed[option] = dict(zip(group, together(operations, self.active, weights)))
+            chains, weights = zip(*group.values())
+            self._mixed[option] = dict(zip(group, together(chains, self.active, weights)))
         return self._mixed[option][edge]
 
 
@@ -60,13 +64,15 @@ class Cell(nn.Module):
     """A NAS-Bench-201 search cell: nodes 0 to 3, each the sum of its edges from all nodes before it.
 
     Norms have no scale and shift (published). ``node2.from1.nor_conv_3x3`` is the path of a leaf: a choice, an option.
+    ``entangled``: whether the convolutions of an edge share their weights.
     """
 
-    def __init__(self, C: int, bias: bool) -> None:
+    def __init__(self, C: int, bias: bool, entangled: bool = False) -> None:
         super().__init__()
+        self.entangled = entangled
         self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         for node in (1, 2, 3):
-            self.add_module(f"node{node}", nn.ModuleDict({f"from{i}": _operations(C, bias) for i in range(node)}))
+            self.add_module(f"node{node}", nn.ModuleDict({f"from{i}": _operations(C, bias, entangled) for i in range(node)}))
 
     def forward(self, x: Tensor, arch: Arch) -> Tensor:  # (B, C, H, W) -> the same
         states = [State(x, self.pool, self._leaving(0, arch))]
@@ -81,7 +87,8 @@ class Cell(nn.Module):
         mixed: list[Candidate | None] = []
         for source, state in enumerate(states):
             name = nats.edge(node, source)
-            setting, known = arch[name], self._candidates(name, state)
+            setting = arch[name]
+            known = self._candidates(name, setting, state)
             options = setting.options if isinstance(setting, Mixture) else (setting,)
             for option in options:
                 require(name, option, nats.OPS)
@@ -95,37 +102,44 @@ class Cell(nn.Module):
             out.append(blend(mixed, states[0].x, joined(mixtures), zero))
         return reduce(operator.add, out) if out else zero(states[0].x)
 
-    def _candidates(self, edge: str, state: State) -> dict[str, Candidate | None]:
-        """What each option of ``edge`` makes of ``state``."""
+    def _candidates(self, edge: str, setting: Setting, state: State) -> dict[str, Candidate | None]:
+        """What each option of ``edge`` makes of ``state``. Of an entangled family under a mixture the largest active option
+        stands for all, the others add nothing to it."""
         found: dict[str, Candidate | None] = {
             "none": None,
             "skip_connect": lambda _, w: identity(state.x, w),
             "avg_pool_3x3": lambda _, w: identity(state.pooled, w),
         }
-        for option, operation in self.operations(edge).items():
-            if edge in state.leaving.get(option, {}):
-                found[option] = partial(_in_group, state, option, edge)
-            else:
-                found[option] = partial(_alone, state, operation)
-        return found
+        grouped = {option: partial(_in_group, state, option, edge) for option, group in state.leaving.items() if edge in group}
+        if self.entangled and isinstance(setting, Mixture) and setting.idle != "gate":
+            own = {} if grouped else self._runs(edge, setting)
+            alone = {option: partial(_superposed, state, chain) for option, (chain, _) in own.items()}
+            return found | dict.fromkeys(KERNELS) | grouped | alone
+        return found | {option: partial(_alone, state, leaf) for option, leaf in self.operations(edge).items()} | grouped
 
     def _leaving(self, source: int, arch: Arch) -> Leaving:
         """What reads state ``source`` under a mixture. Without gradients nothing is grouped: recalibration listens at
         every leaf's own norm."""
-        found: dict[str, dict[str, tuple[Operation, Tensor]]] = {option: {} for option in KERNELS}
+        found: dict[str, dict[str, Run]] = {option: {} for option in KERNELS}
         for node in range(source + 1, 4) if self.training and torch.is_grad_enabled() else ():
             edge = nats.edge(node, source)
             setting = arch[edge]
             if isinstance(setting, Mixture) and setting.idle != "gate":
-                operations, w = self.operations(edge), setting.weights.unbind(0)
-                for j in active(setting):
-                    if (option := str(setting.options[j])) in KERNELS:
-                        found[option][edge] = operations[option], w[j]
+                for option, run in self._runs(edge, setting).items():
+                    found[option][edge] = run
         return found
 
-    def operations(self, edge: str) -> dict[str, Operation]:
+    def _runs(self, edge: str, mixture: Mixture) -> dict[str, Run]:
+        """What the active operations of ``edge`` run under ``mixture``."""
+        leaves, w = self.operations(edge), mixture.weights.unbind(0)
+        here = {option: w[j] for j in active(mixture) if (option := str(mixture.options[j])) in KERNELS}
+        if self.entangled and here:
+            return {max(here, key=KERNELS.__getitem__): (superposed([leaves[op] for op in here], [*here.values()]), None)}
+        return {option: (leaves[option].chain(), weight) for option, weight in here.items()}
+
+    def operations(self, edge: str) -> dict[str, Chained]:
         """The leaves of ``edge`` ("node2.from1"), by option."""
-        return {option: cast(Operation, leaf) for option, leaf in cast(nn.ModuleDict, self.get_submodule(edge)).items()}
+        return {option: cast(Chained, leaf) for option, leaf in cast(nn.ModuleDict, self.get_submodule(edge)).items()}
 
     def layers(self, hw: tuple[int, int]) -> list[Layer]:
         return [
@@ -136,7 +150,7 @@ class Cell(nn.Module):
         ]
 
 
-def _alone(state: State, operation: Operation, _: Tensor, w: Tensor | None) -> Scaled:
+def _alone(state: State, operation: Chained, _: Tensor, w: Tensor | None) -> Scaled:
     return operation.weighted(state.active, w)
 
 
@@ -145,10 +159,14 @@ def _in_group(state: State, option: str, edge: str, _: Tensor, w: Tensor | None)
     return state.mixed(option, edge), None
 
 
-def _operations(C: int, bias: bool) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {option: Operation(C, C, [[Conv(kernel)]], affine=False, bias=bias) for option, kernel in KERNELS.items()}
-    )
+def _superposed(state: State, chain: Chain, _: Tensor, w: Tensor | None) -> Scaled:
+    """The weights are in the kernels already."""
+    return chain.run(state.active), None
+
+
+def _operations(C: int, bias: bool, share: bool) -> nn.ModuleDict:
+    made = {option: Operation(C, C, [[Conv(kernel)]], affine=False, bias=bias) for option, kernel in KERNELS.items()}
+    return nn.ModuleDict(entangle(made, tuple(KERNELS)) if share else made)
 
 
 class Topology(Skeleton):
@@ -156,22 +174,34 @@ class Topology(Skeleton):
 
     ``channels``: of the input image. ``classes``: outputs. ``bias``: whether the cells' convolutions have one, as
     published. The norms subtract it again, so that it never gets a gradient nor changes an output, and costs 5%.
+
+    ``entangled``: nor_conv_1x1 and nor_conv_3x3 of an edge share one 3x3 kernel, of which the 1x1 is the centre, and one
+    norm (TangleNAS, page 2.2). A value runs its slice. Under a mixture the edge is w_skip x + w_pool pool(x) + BN(W x), one
+    convolution with W = w_3x3 K + w_1x1 centre(K), weighted in front of the norm as released. That norm has no scale, so
+    it divides the size of both weights out again: they act by their ratio alone, the convolution of an edge counts 1 whatever
+    they sum to, and where one of the two is active its weight gets (but for the norm's eps) no gradient.
+    A gate (idle = "gate") never mixes: every option is its own slice.
     """
 
-    def __init__(self, space: nats.Topology, channels: int = 3, classes: int = 10, bias: bool = False) -> None:
+    def __init__(
+        self, space: nats.Topology, channels: int = 3, classes: int = 10, bias: bool = False, entangled: bool = False
+    ) -> None:
         c1, c2, c3 = (Segment(fixed(width), width) for width in (space.C, 2 * space.C, 4 * space.C))
 
         def cells(_: Segment, out: Segment) -> list[nn.Module]:
-            return [Cell(out.full, bias) for _ in range(space.N)]
+            return [Cell(out.full, bias, entangled) for _ in range(space.N)]
 
         super().__init__(space, channels, classes, (c1, c2, c2, c3, c3), cells, norm="shared", mixing="sum")
+        self.entangled = entangled
 
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
-        """The convolutions of an edge of all cells (``option``: of that operation alone)."""
-        cells = [cell for s in range(3) for cell in self.cells(s)] if choice in nats.NAMES else []
+        """The convolutions of an edge of all cells (``option``: of that operation alone, none where they are entangled)."""
+        if choice not in nats.NAMES or (option is not None and self.entangled):
+            return []
         return [
             p
-            for cell in cells
+            for s in range(3)
+            for cell in self.cells(s)
             for name, operation in cell.operations(choice).items()
             if option is None or name == option
             for p in operation.parameters()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from search_spaces.sizes import Segment, Size, fixed
 from search_spaces.space import SearchSpace, Setting
-from supernets.elastic import ElasticConv, Leaf, Normalise, possible_sizes
+from supernets.elastic import ElasticConv, Leaf, Normalise, init_default, possible_sizes
 from supernets.layers import Layer, Shape, When, known_view, term
-from supernets.operations import Classifier, adopt_norm, init_default, plain_norm
+from supernets.norms import adopt_norm, plain_norm
+from supernets.operations import Classifier
 
 Arch = Mapping[str, Setting]
 

@@ -8,9 +8,8 @@ given ``relu(x)`` here: the cell computes it once for all that read one state.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,46 +17,13 @@ from torch import Tensor, nn
 
 from search_spaces.sizes import Segment, Size, fixed
 from search_spaces.space import Mixture, Setting, Value
-from supernets.depthwise import depthwise
-from supernets.elastic import ElasticLinear, Leaf, Normalise
+from supernets.chains import Chain, Conv, Unit, filled
+from supernets.elastic import ElasticLinear, Leaf, Normalise, init_default
 from supernets.layers import Layer, Shape, When, term
 from supernets.mixing import Scaled, active
+from supernets.norms import adopt_norm, plain_norm
 
 Arch = Mapping[str, Setting]
-
-
-def init_default(weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None) -> None:
-    """PyTorch's own start of convolutions and linear layers, U(+-1 / sqrt(fan-in)), drawn on the CPU (the same numbers on
-    every device); of the ``bias`` beside ``weight`` too, after it."""
-    bound = 1.0 / math.sqrt(weight[0].numel())
-    with torch.no_grad():
-        for p in (weight,) if bias is None else (weight, bias):
-            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-
-
-class Conv(NamedTuple):
-    """One convolution that keeps H W, or divides them by ``stride``; kernels are odd. ``depthwise``: c_in groups, square."""
-
-    kernel: int | tuple[int, int]
-    stride: int | tuple[int, int] = 1
-    dilation: int = 1
-    depthwise: bool = False
-
-    def sides(self) -> tuple[int, int]:
-        """Height and width of the kernel."""
-        return self.kernel if isinstance(self.kernel, tuple) else (self.kernel, self.kernel)
-
-    def steps(self) -> tuple[int, int]:
-        """Vertical and horizontal stride."""
-        return self.stride if isinstance(self.stride, tuple) else (self.stride, self.stride)
-
-    def padding(self) -> tuple[int, int]:
-        height, width = self.sides()
-        return self.dilation * (height // 2), self.dilation * (width // 2)
-
-
-Unit = Sequence[Conv]
-"""Convolutions one after another, then one batch norm; between two units stands a ReLU."""
 
 
 class CandidateLeaf(Leaf):
@@ -76,7 +42,88 @@ class CandidateLeaf(Leaf):
         return (self(x, {}), None) if w is None else self.scaled(x, w)
 
 
-class Operation(CandidateLeaf):
+def plain_chain(own: Chain, inherit: bool) -> nn.Sequential:
+    """The same convolutions and norms of ``torch.nn``: copies of the weights of ``own``, or fresh ones."""
+    (units, weights, biases, norms), chain, k = own, nn.Sequential(), 0
+    last = len(units) - 1
+    for u, (unit, norm) in enumerate(zip(units, norms)):
+        mark = str(u) if last else ""
+        for i, conv in enumerate(unit):
+            weight = weights[k]
+            groups = weight.shape[0] if conv.depthwise else 1
+            made = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], conv.kernel, conv.stride,
+                             conv.padding(), conv.dilation, groups, bias=False).to(weight)  # fmt: skip
+            if inherit:
+                with torch.no_grad():
+                    made.weight.copy_(weight)
+            else:
+                init_default(made.weight)
+            chain.add_module(f"conv{mark}" if len(unit) == 1 else f"{'depthwise' if conv.depthwise else 'pointwise'}{mark}"
+                             if len(unit) == 2 and unit[0].depthwise else f"conv{mark}_{i}", made)  # fmt: skip
+            k += 1
+        bias = biases[k - 1] if biases else None
+        chain.add_module(f"norm{mark}", plain_norm(norm, weights[k - 1].shape[0], bias, inherit))
+        if u < last:
+            chain.add_module(f"relu{mark}", nn.ReLU())
+    return chain
+
+
+@torch.no_grad()
+def adopt_chain(name: str, own: Chain, plain: Mapping[str, nn.Module]) -> None:
+    """Puts the weights and norms of ``plain`` into those of ``own``, a chain of the leaf ``name``."""
+    norms = [module for module in plain.values() if isinstance(module, nn.BatchNorm2d)]
+    convs = [module for module in plain.values() if isinstance(module, nn.Conv2d)]
+    for weight, conv in zip(own.weights, convs, strict=True):
+        weight.copy_(conv.weight)
+    for mine, theirs in zip(own.norms, norms, strict=True):
+        adopt_norm(name, mine, theirs)
+
+
+class Chained(CandidateLeaf):
+    """A leaf that runs a chain: an ``Operation``, or a window of one (supernets.entangled)."""
+
+    units: tuple[tuple[Conv, ...], ...]
+
+    @property
+    def whole(self) -> Chained:
+        """The leaf that has the weights."""
+        return self
+
+    def chain(self) -> Chain:
+        """What it runs: its parameters, or views of them."""
+        raise TypeError(f"{type(self).__name__} must say what it runs")
+
+    def norms(self) -> Sequence[Normalise]:
+        return self.chain().norms
+
+    def scaled(self, x: Tensor, w: Tensor | None) -> Scaled:
+        return self.chain().run(x, w), None
+
+    def plain(self, arch: Arch, *c_in: int, inherit: bool = True) -> nn.Module:
+        return plain_chain(self.chain(), inherit)
+
+    def adopt(self, plain: Mapping[str, nn.Module]) -> None:
+        """ValueError where the norms are affine-free: a plain network's scales and shifts would be lost."""
+        adopt_chain(self.name, self.chain(), plain)
+
+    def layers(self, hw: tuple[int, int], when: When | None = None, into: Size | None = None) -> list[Layer]:
+        records, weights, k = [], self.chain().weights, 0
+        nothing, at = Size((), lambda: 0), [hw]  # output sizes, found from the last convolution's
+        for conv in reversed([conv for unit in self.units for conv in unit][1:]):
+            at.insert(0, (at[0][0] * conv.steps()[0], at[0][1] * conv.steps()[1]))
+        for u, unit in enumerate(self.units):
+            for i, conv in enumerate(unit):
+                o, per_group, *_ = weights[k].shape
+                groups = o if conv.depthwise else 1
+                shape = Shape(per_group * groups, o, conv.sides(), max(conv.steps()), conv.dilation, groups, at[k])
+                records.append(term(f"{self.name}.conv{u}_{i}", "conv", (nothing,), when, lambda _, s=shape: s))
+                k += 1
+            c = weights[k - 1].shape[0]
+            records.append(term(f"{self.name}.norm{u}", "norm", (nothing,), when, lambda _, c=c: Shape(c, c, hw=hw)))
+        return records
+
+
+class Operation(Chained):
     """Units of convolutions and batch norms: conv-BN, sep_conv, dil_conv, preprocessing, stems.
 
     ``affine``: whether the norms of the search net have scale and shift (those of plain networks always have).
@@ -110,135 +157,8 @@ class Operation(CandidateLeaf):
                 nn.init.ones_(gamma)
                 nn.init.zeros_(beta)
 
-    def norms(self) -> list[Normalise]:
-        return [cast(Normalise, norm) for norm in self.norm]
-
-    def scaled(self, x: Tensor, w: Tensor | None) -> Scaled:
-        k, last = 0, len(self.units) - 1
-        for u, (unit, norm) in enumerate(zip(self.units, self.norms())):
-            for conv in unit:
-                x = self._convolve(x, conv, k)
-                k += 1
-            gamma, beta = norm.affine(x.shape[1]) if len(norm.weight) else (None, None)
-            if u == last and w is not None:
-                gamma = filled(w, norm) if gamma is None else w.to(gamma.dtype) * gamma
-                beta = None if beta is None else w.to(beta.dtype) * beta
-            x = norm(x, gamma, beta)
-            if u < last:
-                x = F.relu(x, inplace=True)
-        return x, None
-
-    def _convolve(self, x: Tensor, conv: Conv, k: int) -> Tensor:
-        weight, bias = self.weight[k], self.bias[k] if len(self.bias) else None
-        if conv.depthwise and bias is None:
-            return depthwise(x, weight, conv.steps()[0], conv.dilation)
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding(), conv.dilation, x.shape[1] if conv.depthwise else 1)
-
-    def plain(self, arch: Arch, *c_in: int, inherit: bool = True) -> nn.Module:
-        chain, k, last = nn.Sequential(), 0, len(self.units) - 1
-        for u, (unit, norm) in enumerate(zip(self.units, self.norms())):
-            mark = str(u) if last else ""
-            for i, conv in enumerate(unit):
-                weight = self.weight[k]
-                groups = weight.shape[0] if conv.depthwise else 1
-                own = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], conv.kernel, conv.stride,
-                                conv.padding(), conv.dilation, groups, bias=False).to(weight)  # fmt: skip
-                if inherit:
-                    with torch.no_grad():
-                        own.weight.copy_(weight)
-                else:
-                    init_default(own.weight)
-                chain.add_module(f"conv{mark}" if len(unit) == 1 else f"{'depthwise' if conv.depthwise else 'pointwise'}{mark}"
-                                 if len(unit) == 2 and unit[0].depthwise else f"conv{mark}_{i}", own)  # fmt: skip
-                k += 1
-            bias = self.bias[k - 1] if len(self.bias) else None
-            chain.add_module(f"norm{mark}", plain_norm(norm, self.weight[k - 1].shape[0], bias, inherit))
-            if u < last:
-                chain.add_module(f"relu{mark}", nn.ReLU())
-        return chain
-
-    @torch.no_grad()
-    def adopt(self, plain: Mapping[str, nn.Module]) -> None:
-        """ValueError where the norms are affine-free: a plain network's scales and shifts would be lost."""
-        norms = [module for module in plain.values() if isinstance(module, nn.BatchNorm2d)]
-        convs = [module for module in plain.values() if isinstance(module, nn.Conv2d)]
-        for weight, conv in zip(self.weight, convs, strict=True):
-            weight.copy_(conv.weight)
-        for mine, theirs in zip(self.norms(), norms, strict=True):
-            adopt_norm(self.name, mine, theirs)
-
-    def layers(self, hw: tuple[int, int], when: When | None = None, into: Size | None = None) -> list[Layer]:
-        records, k = [], 0
-        nothing, at = Size((), lambda: 0), [hw]  # output sizes, found from the last convolution's
-        for conv in reversed([conv for unit in self.units for conv in unit][1:]):
-            at.insert(0, (at[0][0] * conv.steps()[0], at[0][1] * conv.steps()[1]))
-        for u, unit in enumerate(self.units):
-            for i, conv in enumerate(unit):
-                o, per_group, *_ = self.weight[k].shape
-                groups = o if conv.depthwise else 1
-                shape = Shape(per_group * groups, o, conv.sides(), max(conv.steps()), conv.dilation, groups, at[k])
-                records.append(term(f"{self.name}.conv{u}_{i}", "conv", (nothing,), when, lambda _, s=shape: s))
-                k += 1
-            c = self.weight[k - 1].shape[0]
-            records.append(term(f"{self.name}.norm{u}", "norm", (nothing,), when, lambda _, c=c: Shape(c, c, hw=hw)))
-        return records
-
-
-def filled(w: Tensor, norm: Normalise) -> Tensor:
-    """A weight () as the scale (c,) of an affine-free norm. Real numbers, not a view of one: the backward of a batch norm
-    in channels_last (CPU, seen in torch 2.15) reads its scale without regard to strides, beyond the end of a view."""
-    mean = norm.running_mean
-    return w.to(mean.dtype) * torch.ones_like(mean)
-
-
-def together(operations: Sequence[Operation], x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """w f(x) of several operations that read one x, in one convolution and one batch norm; weights () each.
-
-    Operations of one unit of one dense convolution, alike but for their numbers, with affine-free norms, in training:
-    batch statistics are per channel, so this is what each gives alone. (B, c_in, H, W) -> one (B, c_out, H', W') each.
-    """
-    if len(operations) == 1:
-        return (operations[0].scaled(x, weights[0])[0],)
-    (unit,), (norm,), c = operations[0].units, operations[0].norms(), operations[0].out[0].full
-    bias = torch.cat([operation.bias[0] for operation in operations]) if len(operations[0].bias) else None
-    weight = torch.cat([operation.weight[0] for operation in operations])
-    z = F.conv2d(x, weight, bias, unit[0].stride, unit[0].padding(), unit[0].dilation)
-    scale = torch.stack(list(weights)).to(norm.running_mean.dtype).repeat_interleave(c)
-    return F.batch_norm(z, None, None, scale, None, training=True, eps=norm.eps).split(c, dim=1)
-
-
-def plain_norm(norm: Normalise, c: int, bias: Tensor | None, inherit: bool, affine: bool = True) -> nn.BatchNorm2d:
-    """The batch norm of a plain network: scale 1 and shift 0 where ``norm`` has none of its own. ``bias`` of a preceding
-    convolution that loses it goes into the running mean: (z + b) - (m + b) = z - m."""
-    own = nn.BatchNorm2d(c, affine=affine).to(norm.running_mean)
-    if inherit:
-        with torch.no_grad():
-            if affine and len(norm.weight):
-                gamma, beta = norm.affine(c)
-                own.weight.copy_(gamma)
-                own.bias.copy_(beta)
-            assert own.running_mean is not None and own.running_var is not None
-            own.running_mean.copy_(norm.running_mean[:c] if bias is None else norm.running_mean[:c] - bias)
-            own.running_var.copy_(norm.running_var[:c])
-    return own
-
-
-def adopt_norm(name: str, norm: Normalise, plain: nn.BatchNorm2d) -> None:
-    """Takes over the scale, shift and statistics of a plain norm of at most as many channels; the leaf ``name`` has the norm.
-
-    ValueError where it has no scale and shift to put them into.
-    """
-    if not len(norm.weight):
-        raise ValueError(
-            f"{name}: this search net's norms have no scale and shift, so it cannot take over the weights of a plain network. "
-            "Search from fresh weights (leave out init)."
-        )
-    assert plain.running_mean is not None and plain.running_var is not None
-    c = plain.num_features
-    for mine, theirs in zip(norm.affine(c), (plain.weight, plain.bias)):
-        mine.copy_(theirs)
-    norm.running_mean[:c].copy_(plain.running_mean)
-    norm.running_var[:c].copy_(plain.running_var)
+    def chain(self) -> Chain:
+        return Chain(self.units, list(self.weight), list(self.bias), [cast(Normalise, norm) for norm in self.norm])
 
 
 class Halve(CandidateLeaf):

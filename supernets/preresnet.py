@@ -8,8 +8,8 @@ architecture variables and no weights: the norms here have a shift of their own 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,22 +22,7 @@ from search_spaces.space import Mixture, Setting, Value
 from supernets.elastic import Arch, ElasticConv, ElasticLinear, Leaf, Normalise, prefix
 from supernets.layers import Layer, Shape, When, known_view, term
 from supernets.mixing import idle_ones, plus_idle
-
-
-def tail_sums(weights: Tensor, options: Sequence[Value] | None = None) -> Tensor:  # (K,) -> (C,)
-    """s_c = the sum of the weights of the options >= c, for c = 1 .. C, the largest option (1 .. K by default).
-
-    A product and a sum: a matrix product would be rounded under autocast, and torch.cumsum on CUDA varies from run to run.
-    """
-    widths = range(1, len(weights) + 1) if options is None else options
-    return (_reaches(tuple(map(int, widths)), weights.dtype, weights.device) * weights).sum(1)
-
-
-@lru_cache(maxsize=1024)
-def _reaches(options: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, K): 1 where option k reaches channel c."""
-    channel = torch.arange(1, max(options) + 1, device=device)
-    return (torch.tensor(options, device=device) >= channel[:, None]).to(dtype)
+from supernets.superpose import tail_sums
 
 
 class ScaledNorm(Leaf):

@@ -32,6 +32,8 @@ from search_spaces.arch import ArchFile, read_arch, space_of, write_arch
 from search_spaces.space import Arch, SearchSpace
 
 ARGS = "strategy.init_args"
+HALVES = ("--data.valid_fraction=0.5", "--data.select_fraction=0")
+"""The same images for everyone, whatever a recipe keeps aside for picks."""
 
 
 class Contestant(NamedTuple):
@@ -79,8 +81,8 @@ class Job(NamedTuple):
     folder: Path
 
     def command(self, overrides: Sequence[str]) -> list[str]:
-        return ["nas", "search", self.contestant.recipe, *self.contestant.overrides, *overrides, f"--epochs={self.epochs}",
-                f"--seed={self.seed}", "--resume=auto", f"--out={self.folder}"]  # fmt: skip
+        return ["nas", "search", self.contestant.recipe, *HALVES, *self.contestant.overrides, *overrides,
+                f"--epochs={self.epochs}", f"--seed={self.seed}", "--resume=auto", f"--out={self.folder}"]  # fmt: skip
 
 
 def slug(name: str) -> str:
@@ -149,7 +151,12 @@ def by_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     contestants, column = LOOKED_UP[args.kind]
     sizes = [f"--space.init_args.C={args.C}", f"--space.init_args.N={args.N}"] if args.kind == "cells" else []
     jobs = plan(chosen(contestants, args.only), args.seeds, overrides, args.passes, args.images, args.out)
-    in_parallel([lambda job=job: run(job, [*sizes, *overrides], args.threads) for job in jobs], args.processes)
+
+    def search(job: Job) -> None:
+        learns = args.alpha_lr is not None and "alphas" in read(find(job.contestant.recipe))["strategy"]["init_args"]
+        run(job, [*([f"--{ARGS}.alphas.lr={args.alpha_lr}"] if learns else []), *sizes, *overrides], args.threads)
+
+    in_parallel([lambda job=job: search(job) for job in jobs], args.processes)
     space = space_of(read_arch(jobs[0].folder / "arch.json"))
     table = accuracies(args.table, args.column or column, space)
     drawn = [value for text, value in table.items() if args.kind != "cells" or legal(text)]
@@ -179,7 +186,7 @@ def widths(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     def search(job: Job) -> dict[str, Any]:
         tas = job.contestant.recipe.startswith("tas")
         own = [f"--{ARGS}.{'target' if tas else 'budget.target'}={target}"]
-        own += [f"--{ARGS}.{'alpha_lr' if tas else 'alphas.lr'}={args.alpha_lr}"]
+        own += [f"--{ARGS}.{'alpha_lr' if tas else 'alphas.lr'}={0.02 if args.alpha_lr is None else args.alpha_lr}"]
         run(job, [*own, *overrides], args.threads)
         return alone(args, job.folder, "derived", job.folder / "alone", overrides, job.seed) | {
             "strategy": job.contestant.name, "seed": job.seed, "passes_a_step": job.passes, "epochs": job.epochs,
@@ -299,7 +306,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--C", type=int, default=8, help="cells: channels of the first stage")
     parser.add_argument("--N", type=int, default=1, help="cells: cells a stage")
     parser.add_argument("--target", type=float, default=50.0, help="widths: budget, %% of the MACs of the largest")
-    parser.add_argument("--alpha-lr", type=float, default=0.02, help="widths: Adam's rate on the alphas, of all alike")
+    parser.add_argument("--alpha-lr", type=float, help="Adam's rate on the alphas (widths: 0.02; else as in the recipes)")
     parser.add_argument("--alone", type=int, default=20, help="widths: epochs of training from scratch")
     parser.add_argument("--picture", type=Path, help="draw the figures there (.png)")
     parser.add_argument("--json", type=Path, help="write the figures there")

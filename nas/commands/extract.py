@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -30,7 +31,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas extract", exit_on_error=False, description="an architecture as a plain network")
     parser.add_argument("source", help="run folder, or recipe (untrained weights)")
     parser.add_argument("--arch", default="derived",
-                        help="arch.json file, derived, largest, smallest, random:SEED or random:SEED@55%%")
+                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%%, or an arch as text")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the bundle; default RUN/bundle")
     parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
@@ -141,13 +142,26 @@ def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[st
         if not (folder / "arch.json").is_file():
             raise UsageError(f"{folder} has no arch.json yet: finish it with nas search --resume auto --out {folder}.")
         name = str(folder / "arch.json")
-    if not Path(name).is_file():
-        raise UsageError(f"--arch {name}: there is no such file. Allowed: arch.json, derived, largest, smallest, random:SEED.")
+    if not os.path.isfile(name):  # False too for what is too long to be a path
+        return written(name, space), {}
     file = read_arch(name)
     if file.space["name"] == space.name and file.space["args"] != space.args:
         return resized(name, file, space.root), {}
     file = read_arch(name, expect=space)
     return dict(file.arch), dict(file.metrics)
+
+
+def written(text: str, space: SearchSpace) -> Arch:
+    """The architecture that ``text`` writes down or names (``space.parse``)."""
+    try:
+        arch = space.parse(text)
+    except ValueError as error:
+        if any(sign in text for sign in " :=|"):
+            raise UsageError(f"--arch: {error}") from None
+        raise UsageError(f"--arch {text}: there is no such file. Allowed: arch.json, derived, largest, smallest, random:SEED, "
+                         f"or the text of an architecture of {space.name}.") from None  # fmt: skip
+    space.check(arch)
+    return arch
 
 
 def resized(name: str, file: ArchFile, space: SearchSpace) -> Arch:

@@ -58,7 +58,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--images", type=int | None, default=None, help="images of the split; default all")
     parser.add_argument("--seed", type=int, default=1, help="of the draw of architectures and of the intervals")
     parser.add_argument("--top", type=int, default=10, help="k of the top-k overlap and regret")
-    parser.add_argument("--out", type=str | None, default=None, help="folder; default RUN/rank, then RUN/rank-2")
+    parser.add_argument("--out", type=str | None, default=None,
+                        help="folder; default RUN/rank, then RUN/rank-2; without a run runs/rank")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="the result as JSON on the last line of stdout")
     parser.add_argument("--debug", action="store_true")
@@ -180,6 +181,8 @@ def _folder(config: Namespace, scope: Scope) -> Path:
     while used(out):
         count += 1
         out = out.with_name(f"rank-{count}")
+    if not config.out and scope.folder is None:
+        _log.info("no run folder is named: the result goes into %s, --out chooses another", out)
     return out
 
 
@@ -221,14 +224,25 @@ def _choose(config: Namespace, known: Mapping[str, Known]) -> tuple[list[str], d
     left = {reason: count for reason, count in left.items() if count}
     if len(names) < FEWEST:
         reasons = "; ".join(f"{count} {reason}" for reason, count in left.items())
-        shown = f"The truth says {next(iter(truth), None)!r}" + (f", asked is {wanted[0]!r}" if wanted else "")
         raise UsageError(f"{len(names)} architectures with truth and prediction; a ranking needs {FEWEST}. "
-                         f"Left out: {reasons or 'none'}. {shown}.")  # fmt: skip
+                         f"Left out: {reasons or 'none'}. {_lacking(wanted, known)}")  # fmt: skip
     many = int(config.archs) if (config.archs or "").isdigit() else ARCHS if config.archs is None and given is None else None
     if many is not None and many < len(names):
         drawn = random.Random(seed_from(config.seed, "archs")).sample(range(len(names)), many)
         names = [names[i] for i in sorted(drawn)]
     return names, left
+
+
+def _lacking(wanted: Sequence[str], known: Mapping[str, Known]) -> str:
+    """What keeps the first of the ``wanted`` that cannot be ranked from it; where nothing does, that there are too few."""
+    for file in (known[name] for name in ("truth", "predictions") if name in known):
+        odd = next((name for name in wanted if name not in file.values), None)
+        if odd is not None:
+            return f"{file.said['file']} does not name {odd!r}; its first is {next(iter(file.values), None)!r}."
+        empty = next((name for name in wanted if math.isnan(file.values[name])), None)
+        if empty is not None:
+            return f"{file.said['file']} has no number in column {file.said['value']} for {empty!r}."
+    return f"All {len(wanted)} that are asked for have both: give more."
 
 
 # ---- what is found -------------------------------------------------------------------------------------------------

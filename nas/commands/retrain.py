@@ -39,7 +39,12 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("which bundle? nas retrain BUNDLE, with a folder that nas extract wrote.")
     bundle = load_bundle(Path(args.pop(0)), rebuild)
     named = option(args, "--recipe")
-    config = parse(parser, base_of(recipe_in(bundle) if named is None else read(find(named))), args)
+    own = recipe_in(bundle)
+    base = base_of(own if named is None else read(find(named)))
+    size = (own.get("data") or {}).get("size")
+    if size is not None and base["data"].get("size") is None:  # another recipe does not know the size of the search
+        base["data"]["size"] = size
+    config = parse(parser, base, args)
     if config.weights not in ("scratch", "inherited"):
         raise UsageError(f"--from {config.weights} is not known. Allowed: scratch, inherited.")
     if config.threads:
@@ -80,7 +85,7 @@ def network_of(bundle: Bundle, config: Namespace) -> nn.Module:
     form, seed = bundle.form if inherited else "fresh", seed_from(config.seed, "fresh")
     if not plain.auxiliary and not plain.drop_path:
         return bundle.module if inherited else rebuild(bundle.arch, form, seed)
-    net = rebuild_for_training(bundle.arch, form, seed, head=plain.auxiliary > 0)
+    net = rebuild_for_training(bundle.arch, form, seed, head=plain.auxiliary > 0, by_depth=plain.drop_path_version != 1)
     if inherited:
         net.network.load_state_dict(bundle.module.state_dict())
     return net
@@ -113,6 +118,9 @@ def same_task(bundle: Bundle, data: Data) -> None:
     """ValueError where the data are not what the network was made for."""
     wants, classes = tuple(bundle.arch.input), list(bundle.arch.classes)
     hint = "Name its own data with --data.name and --data.root."
+    only_size = wants[0] == data.shape[0] and len(classes) == len(data.classes) and wants != tuple(data.shape)
+    if only_size and wants[1] == wants[2]:
+        hint = f"Give --data.size {wants[1]}, or name its own data with --data.name and --data.root."
     if wants != tuple(data.shape) or len(classes) != len(data.classes):
         raise ValueError(f"{bundle.path} expects images {wants} of {len(classes)} classes; the data have {tuple(data.shape)} "
                          f"and {len(data.classes)}. {hint}")  # fmt: skip
@@ -170,6 +178,8 @@ def conclude(
     report = {**prove(graph, example, predicted, reference), "weights": weights, "form": form}
     report["recipe"] = bundle.report.get("recipe", {})
     used = {name: config.plain[name] for name in ("auxiliary", "drop_path") if config.plain[name]}
+    if config.plain.drop_path:  # a strength says nothing without its schedule
+        used |= {name: config.plain[name] for name in ("drop_path_steps", "drop_path_version")}
     report["retrain"] = {
         "teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step, **used,
     }  # fmt: skip

@@ -53,6 +53,8 @@ class DARTS:
             raise ValueError(f"order = {self.order} is not known. Allowed: 1, 2.")
         if self.xi is not None and self.xi < 0:
             raise ValueError(f"xi = {self.xi} is not a step. Allowed: 0 or more, or null for the rate of the weights.")
+        if self.order == 2 and self.weights.optimizer != "sgd":
+            raise ValueError(f"weights.optimizer = {self.weights.optimizer!r}: (5) is of sgd. Allowed with order 2: sgd.")
 
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net

@@ -5,20 +5,26 @@
 With a teacher this is the knowledge distillation of TAS, (14) (Dong, Yang. NeurIPS 2019. arXiv 1905.09717): the teacher is
 the unpruned network in eval mode, without gradient. Without one it is the loss alone. The last term, and drop path whose
 strength grows by the epoch, are those of the evaluation of DARTS (Liu, Simonyan, Yang. ICLR 2019. arXiv 1806.09055).
+ScheduledDropPath is that of NASNet (Zoph, Vasudevan, Shlens, Le. CVPR 2018. arXiv 1707.07012, released code):
+
+    keep = 1 - min(1, t / T) * ((l + 1) / L) * (1 - k)        with T = drop_path_steps, 1 - k = drop_path
+
+in step t and cell l of L: the network gives the second factor (``supernets.extract.DropPath``), this file the others.
 """
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nas.descent import Descent, Schedule, cosine, cosine_per_epoch
 from nas.losses import distillation, top1
+from nas.optimizers import optimizer
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
@@ -33,8 +39,11 @@ class Plain:
     released), "cosine" (every step), or "exponential" (times ``gamma`` every epoch). ``accumulate``: backward passes a step.
     ``ema``: decay of a moving average of the weights, which then is the network that is evaluated and kept.
     ``auxiliary``: weight of the auxiliary head's loss. ``drop_path``: strength that it would reach after the last epoch, from
-    0 in the first. A net that is trained with either takes (x, drop) and, with a head, answers (2, B, N): its own logits and
-    the head's (``supernets.extract.TrainingForm``).
+    0 in the first; with ``drop_path_steps`` it grows by the step and is reached after as many. ``drop_path_version``: as in the
+    released code of NASNet, 1 scales it by time alone, 2 by depth alone, 3 by both (by depth: where the network does so).
+    A net that is trained with either takes (x, drop) and, with a head, answers (2, B, N): its own logits and the head's
+    (``supernets.extract.TrainingForm``). ``optimizer``: "sgd" (reads ``momentum``, ``nesterov``), "adam" or "adamw" (read
+    ``betas``).
     """
 
     lr: float = 0.1
@@ -51,6 +60,10 @@ class Plain:
     ema: float | None = None
     auxiliary: float = 0.0
     drop_path: float = 0.0
+    drop_path_steps: int | None = None
+    drop_path_version: int = 3
+    optimizer: str = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -62,14 +75,23 @@ class Plain:
                 f"auxiliary = {self.auxiliary}, drop_path = {self.drop_path}, gamma = {self.gamma}. Allowed: auxiliary of 0 or "
                 "more, drop_path from 0 up to 1, gamma above 0 up to 1."
             )
+        if (self.drop_path_steps is not None and self.drop_path_steps < 1) or self.drop_path_version not in (1, 2, 3):
+            raise ValueError(
+                f"drop_path_steps = {self.drop_path_steps}, drop_path_version = {self.drop_path_version}. Allowed: 1 step or "
+                "more, or null to grow by the epoch; version 1 (by time), 2 (by depth) or 3 (by both)."
+            )
+        self._optimizer()
+
+    def _optimizer(self) -> Callable[[list[nn.Parameter]], Optimizer]:
+        nesterov = self.nesterov and self.momentum > 0
+        return optimizer(self.optimizer, self.lr, self.weight_decay, momentum=self.momentum, nesterov=nesterov,
+                         betas=self.betas)  # fmt: skip
 
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
-        nesterov = self.nesterov and self.momentum > 0
-        sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=nesterov,
-                      weight_decay=self.weight_decay, fused=True)
         factor = self._factor(setup)
-        self.w = Descent(self.net.parameters(), sgd, factor, clip=self.clip, accumulate=self.accumulate, ema=self.ema)
+        self.w = Descent(self.net.parameters(), self._optimizer(), factor, clip=self.clip, accumulate=self.accumulate,
+                         ema=self.ema)  # fmt: skip
 
     def _factor(self, setup: Setup) -> Schedule:
         """Of the learning rate, at every step."""
@@ -106,8 +128,12 @@ class Plain:
         return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm, **more}
 
     def drop(self, now: Moment) -> float:
-        """The strength of drop path in an epoch."""
-        return self.drop_path * now.epoch / now.epochs
+        """The strength of drop path at this moment, before the share of a cell."""
+        if self.drop_path_version == 2:
+            return self.drop_path
+        if self.drop_path_steps is None:
+            return self.drop_path * now.epoch / now.epochs
+        return self.drop_path * min(1.0, now.step / self.drop_path_steps)
 
     def _logits(self, x: Tensor, drop: float) -> tuple[Tensor, Tensor | None]:
         """Of the network and, where it counts, of its auxiliary head."""

@@ -2,7 +2,8 @@
 
     for each of ``trials`` random architectures A: fresh weights; steps // trials steps of
         (1) w <- SGD on grad_w L_train(w, A)
-    the winner is the A whose network, trained alone, is the most accurate on ``judge`` validation batches
+    the winner is the A whose network, trained alone, is the most accurate on ``judge`` batches of images held out for picks
+    (``select``, where that is empty the validation split), as they are: without the training view's crops and flips
 
 One forward and backward pass a step, so a run of as many image-passes as another strategy's costs no more than that one: a
 path is cheaper than a mixture. The weights that serve the winner are its own.
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nas.bilevel import Weights, space_and_costs
+from nas.bilevel import Weights, space_and_costs, undropped
 from nas.descent import Descent, average
 from nas.losses import top1
 from nas.protocols import Draw, Metrics, Moment, Setup
@@ -26,7 +27,7 @@ from search_spaces.space import Arch, Setting, Value
 @dataclass
 class Random:
     """``trials``: networks trained one after another, the ``given`` architectures first and random ones after them.
-    ``judge``: validation batches that judge each. ``weights``: of each trial, the schedule as long as the trial."""
+    ``judge``: batches that judge each. ``weights``: of each trial, the schedule as long as the trial."""
 
     trials: int = 8
     judge: int = 16
@@ -92,8 +93,10 @@ class Random:
     def finish(self, draw: Draw) -> Metrics:
         right = torch.zeros((), dtype=torch.float64)
         for _ in range(self.judge):
-            x, y, _ = draw("valid")
-            right += average(top1(self.net(x, self.trial), y)).double().cpu() / self.judge
+            x, y, _ = draw("select")
+            with undropped(self.net):
+                z = self.net(x, self.trial)
+            right += average(top1(z, y)).double().cpu() / self.judge
         if not self.scores or float(right) > max(score["top1"] for score in self.scores):
             self.winner.load_state_dict(self.net.state_dict())
         self.scores.append({"arch": self.trial, "top1": float(right)})

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from nas.alpha import Alpha, Scales
+from nas.alpha import Alpha
 from nas.bilevel import Alphas, Weights, space_and_costs
 from nas.cost import Budget
 from nas.losses import top1
 from nas.protocols import Batch, Draw, Metrics, Moment, Setup
+from nas.scales import Scales
 from search_spaces.space import Arch, Setting, Value
 
 _log = logging.getLogger("nas")
@@ -86,7 +87,8 @@ class RARTS:
         self.rate = self.w.rate
         if self.budget is not None:
             self.budget.start(self.costs, self.space)
-        for line in unstable(self.lam, self.beta, self.rate, self.weights.momentum):
+        momentum = self.weights.momentum if self.weights.optimizer == "sgd" else 0.0
+        for line in unstable(self.lam, self.beta, self.rate, momentum):
             _log.warning("%s", line)
 
     def passes(self) -> int:

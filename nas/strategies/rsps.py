@@ -5,9 +5,10 @@ arXiv 1902.07638. Rules as in the NATS-Bench code (shared page single-path.md).
     (2) at the end: of ``archs`` random architectures, the one with the best accuracy on validation images
 
 Legal is what ``space.sample`` gives: in NAS-Bench-201 a node is redrawn while all its incoming operations are none. In (2)
-every architecture sees ``batches`` random validation batches (published: one of 512; its standard error is about 2 points,
-so give more unless fidelity is the aim) and is normalised by the batch's own statistics. Before the end ``architecture`` is
-the path of the last step. There are no alphas; the arch half is not forwarded during training.
+every architecture sees ``batches`` random batches (published: one of 512; its standard error is about 2 points, so give more
+unless fidelity is the aim) and is normalised by the batch's own statistics, without dropout. They are images held out for picks (``select``,
+where that is empty the validation split), as they are: without the training view's crops and flips. Before the end
+``architecture`` is the path of the last step. There are no alphas; the arch half is not forwarded during training.
 
 Not done: the released code draws operations for every cell anew; here all cells share one architecture, as what is derived.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nas.bilevel import Weights, space_and_costs
+from nas.bilevel import Weights, space_and_costs, undropped
 from nas.descent import average
 from nas.losses import top1
 from nas.protocols import Draw, Metrics, Moment, Setup
@@ -28,7 +29,7 @@ from search_spaces.space import Arch, Setting, Value
 
 @dataclass
 class RSPS:
-    """``archs``: how many are compared at the end, on ``batches`` validation batches each."""
+    """``archs``: how many are compared at the end, on ``batches`` batches each."""
 
     archs: int = 100
     batches: int = 1
@@ -66,8 +67,10 @@ class RSPS:
         for _ in range(self.archs):
             arch, right = self.space.sample(now.rng), torch.zeros((), dtype=torch.float64)
             for _ in range(self.batches):
-                x, y, _ = draw("valid", odds=1.0)
-                right += average(top1(self.net(x, arch), y)).double().cpu() / self.batches
+                x, y, _ = draw("select", odds=1.0)
+                with undropped(self.net):
+                    z = self.net(x, arch)
+                right += average(top1(z, y)).double().cpu() / self.batches
             if float(right) > best:
                 best, self.chosen = float(right), arch  # (2)
         return {"valid/top1": best}

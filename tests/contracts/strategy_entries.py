@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nas.bilevel import Alphas
 from nas.cost import Budget, CostTable
 from nas.data import Data
 from nas.descent import Descent
@@ -18,21 +19,28 @@ from nas.engine import moment, seed_from
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Setup
 from nas.strategies.darts import DARTS
+from nas.strategies.drnas import DrNAS
 from nas.strategies.gdas import GDAS
 from nas.strategies.plain import Plain
+from nas.strategies.proxyless import Proxyless
 from nas.strategies.random import Random
 from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
+from nas.strategies.tangle import MIXINGS, Tangle
 from nas.strategies.tas import TAS
-from search_spaces import darts, nats, preresnet
+from search_spaces import darts, macro, nasnet, nats, preresnet, vit
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import Mixture, SearchSpace, Setting, Value
 from supernets.darts import Cells
 from supernets.extract import extract
+from supernets.layers import Layer
+from supernets.macro import ConvMacro
+from supernets.nasnet import NASNet
 from supernets.nats import Sizes, Topology
 from supernets.preresnet import PreResNet
 from supernets.resnet import ResNet
+from supernets.vit import ViT
 
 EPOCH_STEPS, STEPS, SEED = 3, 6, 4
 Restriction = Mapping[str, tuple[Value, ...]]
@@ -62,6 +70,16 @@ def resnet(kind: str) -> Kind:
     return Kind(partial(CifarResNet, 14, kind, widths=(4, 6, 8)), ResNet, restrictions)  # type: ignore[arg-type]
 
 
+class Enlarged(ConvMacro):
+    """Reads the digits at 12 x 12 pixels, the least that its network can."""
+
+    def forward(self, x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0) -> Tensor:
+        return super().forward(nn.functional.interpolate(x, (12, 12)), arch, drop)
+
+    def layers(self, input_size: tuple[int, int], view: str = "derived") -> list[Layer]:
+        return super().layers((12, 12), view)
+
+
 KINDS = {
     "tied": resnet("tied"), "tas": resnet("tas"),
     "cells": Kind(partial(nats.Topology, 4, 1), Topology, {
@@ -75,8 +93,18 @@ KINDS = {
                                 for n in (2, 3) for s in range(n)},
         "some": {"normal.node2.from0": ("none", "skip_connect"), "reduce.node3.from2": ("max_pool_3x3", "sep_conv_3x3")},
     }),
+    "nasnet": Kind(partial(nasnet.NASNet, 1, 4, blocks=2), NASNet, {
+        "free": {}, "some": {"normal.block1.left.op": ("identity", "sep_conv_5x5"), "reduce.block2.combine": ("concat",),
+                             "normal.block2.left.input": (2,), "reduce.concat": ("123",)},
+    }),
     "scales": Kind(partial(preresnet.PreResNet, 11, widths=(2, 3, 4)), PreResNet, {
         "free": {}, "some": {"stage0.block0.norm1.width": (2,), "stage2.block0.norm2.width": (1, 3)},
+    }),
+    "macro": Kind(partial(macro.ConvMacro, ((2, 3, 4),) * 4, (3, 5, 7), 4, (4,), 12), Enlarged, {
+        "free": {}, "some": {"c1": (2, 4), "c4": (4,), "k1": (3,), "k3": (5, 7)},
+    }),
+    "vit": Kind(partial(vit.ViT, (4, 8), (1, 2, 3), (1, 2), (1, 2), 4, 4, 8), ViT, {
+        "free": {}, "some": {"embed": (8,), "depth": (1, 3), "layer1.heads": (1,), "layer2.ratio": (2.0,)},
     }),
 }  # fmt: skip
 
@@ -131,6 +159,17 @@ def random_paths(kind: str, trials: int, slow: bool) -> Iterator[Entry]:
     yield Entry(f"random-{kind}", lambda: Random(trials=trials, judge=1), kind, ALONE, runs="path", asks=("train",), slow=slow)
 
 
+VALID_FIRST = ("valid", "train")
+
+
+def entangled(kind: str, budget: Callable[[], Budget | None], fast: Sequence[str] = ()) -> Iterator[Entry]:
+    """Tangle by each of its mixings, which give mixtures, samples or paths; ``fast``: those that are not slow."""
+    runs = {"softmax": "mixture", "sparsemax": "mixture", "dirichlet": "sample", "gumbel": "path"}
+    for mixing in MIXINGS:
+        yield Entry(f"tangle-{mixing}-{kind}", partial(lambda mixing: Tangle(mixing, budget=budget()), mixing), kind, BOTH,
+                    runs=runs[mixing], first="a", asks=VALID_FIRST, slow=mixing not in fast)  # fmt: skip
+
+
 STRATEGIES = [
     Entry("tas-tied", lambda: TAS(target="60%"), "tied", BOTH),
     Entry("tas-tas", lambda: TAS(target=40_000, rule="released", temperature=(5.0, 0.1), temperature_schedule="cosine"),
@@ -144,8 +183,21 @@ STRATEGIES = [
     *gradient_based("sizes", lambda: Budget("60%"), ("darts-1", "darts-2", "rarts", "rarts-jacobi", "snas", "gdas")),
     Entry("rarts-a-first-cells", lambda: RARTS(order=("a", "y", "w")), "cells", THREE, runs="mixture", first="a", slow=True),
     Entry("rarts-scales", lambda: RARTS(kind="scales"), "scales", THREE, runs="mixture"),
+    Entry("drnas-cells", lambda: DrNAS(budget=Budget("35%")), "cells", BOTH, first="a"),
+    Entry("drnas-kl-cells", lambda: DrNAS(kl=1e-3, alphas=Alphas(weight_decay=0.0)), "cells", BOTH, first="a", slow=True),
+    *entangled("macro", lambda: Budget("60%"), ("dirichlet",)),
+    *entangled("vit", lambda: None, ("sparsemax", "gumbel")),
+    *entangled("tied", lambda: Budget("60%")), *entangled("cells", lambda: Budget("35%")),
+    Entry("tangle-kl-macro", lambda: Tangle(kl=1e-3, alphas=Alphas(weight_decay=0.0)), "macro", BOTH, first="a",
+          asks=VALID_FIRST, slow=True),
+    Entry("proxyless-cells", lambda: Proxyless(every=1, budget=Budget("35%")), "cells", BOTH, runs="path"),
+    Entry("proxyless-two-cells", lambda: Proxyless("two", every=1, cost_loss="add_linear", budget=Budget("35%")), "cells", BOTH,
+          runs="path", slow=True),
+    Entry("proxyless-darts", lambda: Proxyless(every=1), "darts", BOTH, runs="path", slow=True),
+    Entry("proxyless-two-darts", lambda: Proxyless("two", every=1), "darts", BOTH, runs="path", slow=True),
     *random_paths("tied", trials=2, slow=True),  # saved in the middle of a trial
     *random_paths("cells", trials=4, slow=False),  # saved at the end of one
+    *random_paths("nasnet", trials=2, slow=True),
 ]  # fmt: skip
 SEARCHES = [entry for entry in STRATEGIES if entry.kind]
 DATA = Data("digits", batch_size=16, valid_fraction=0.5)

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from search_spaces import darts, nats, preresnet
+from search_spaces import darts, macro, nasnet, nats, preresnet, vit
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.space import Arch, Choice, SearchSpace
 from supernets.darts import Cells
 from supernets.elastic import Normalise
+from supernets.macro import ConvMacro
+from supernets.nasnet import NASNet
+from supernets.nasnet_operations import convolves
 from supernets.nats import Sizes, Topology
+from supernets.operations import Chained
 from supernets.preresnet import PreResNet, ScaledNorm
 from supernets.resnet import ResNet
+from supernets.tokens import TokenNorm
+from supernets.vit import ViT
 
 Part = tuple[str, tuple[slice, ...]]
 """A parameter and the part of it that an architecture uses; of a convolution: its (out, in) channels."""
@@ -39,6 +46,8 @@ class Entry(NamedTuple):
     fixes together while all others are mixtures (one by one where one can cut another off). ``owners``: choices that own
     parameters. ``structure``: choices that must be hard while others are mixtures of two options. ``words``: settings that
     refuse an unknown word. ``refused``: what extraction refuses beside what all refuse.
+    ``gain``: what fresh weights are multiplied by: a chain without norms loses its signal at PyTorch's start.
+    ``hard``: choices that refuse mixtures.
     """
 
     id: str
@@ -56,14 +65,18 @@ class Entry(NamedTuple):
     scales: bool = True
     words: tuple[str, ...] = ()
     size: int = 8
+    gain: float = 1.0
+    hard: Callable[[SearchSpace], set[str]] = lambda space: set()
 
     def net(self) -> Any:
         net = self.make_net(self.make_space(), channels=3, classes=5, **self.settings).double()
         generator = torch.Generator().manual_seed(1)
         net.reset(generator)
         with torch.no_grad():
+            for p in net.parameters() if self.gain != 1.0 else ():
+                p.mul_(self.gain)
             for module in net.modules():
-                for p in module.parameters() if isinstance(module, (Normalise, ScaledNorm)) else ():
+                for p in module.parameters() if isinstance(module, (Normalise, ScaledNorm, TokenNorm)) else ():
                     p.copy_(torch.empty_like(p).uniform_(0.5, 1.5, generator=generator))
         return net
 
@@ -228,13 +241,18 @@ def topology_live(arch: Arch) -> list[str]:
     return [nats.edge(*ends) for ends in nats.EDGES if ends[0] in reaching]
 
 
+def owner(leaf: Any) -> str:
+    """The path of the leaf whose weights and norms an operation runs: where operations are entangled, of the largest."""
+    return (leaf.whole if isinstance(leaf, Chained) else leaf).name
+
+
 def topology_operations(net: Any, arch: Arch, edges: list[str]) -> Iterator[tuple[str, int]]:
-    """(path, channels) of every operation with weights on these edges of all cells."""
+    """(path of its weights, channels) of every operation with weights on these edges of all cells."""
     for s, stage in enumerate(net.stages):
         for n in range(len(stage)):
             for edge in edges:
                 if str(arch[edge]).startswith("nor_conv"):
-                    yield f"stages.{s}.{n}.{edge}.{arch[edge]}", net.space.C * 2**s
+                    yield owner(net.get_submodule(f"stages.{s}.{n}.{edge}.{arch[edge]}")), net.space.C * 2**s
 
 
 def topology_used(net: Any, arch: Arch) -> Iterator[Part]:
@@ -259,10 +277,11 @@ def topology_norms(net: Any, arch: Arch) -> dict[str, int]:
     return found | {f"{path}.norm.0": c for path, c in topology_operations(net, arch, list(nats.NAMES))}
 
 
-def topology(id: str, make_space: Callable[[], SearchSpace]) -> Entry:
+def topology(id: str, make_space: Callable[[], SearchSpace], entangled: bool = False) -> Entry:
     unknown = "node2.from1 = dreamt is not in this space. Allowed: none, skip_connect"
     return Entry(
-        id, make_space, Topology, {}, "all", topology_used, topology_norms, groups=one_by_one, owners=named, adopts=False,
+        id, make_space, Topology, {"entangled": entangled}, "all", topology_used, topology_norms, groups=one_by_one,
+        owners=lambda space: set() if entangled else named(space), adopts=False,
         refused=lambda space: [({**space.largest(), "node2.from1": "dreamt"}, inherit, unknown) for inherit in (True, False)],
     )  # fmt: skip
 
@@ -314,14 +333,15 @@ def sizes(id: str, **settings: str) -> Entry:
 
 
 def darts_leaves(net: Any, arch: Arch) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of everything that runs in the cells. Every node of a genotype is read, and node 2 reads both inputs."""
+    """(path, leaf) of all weights that run in the cells. Every node of a genotype is read, and node 2 reads both inputs."""
     for k, cell in enumerate(net.cells):
         for pre in ("pre0", "pre1"):
             yield f"cells.{k}.{pre}", cell.get_submodule(pre)
         for name, option in arch.items():
             kind, _, edge = name.partition(".")
             if kind == cell.kind and option in cell.leaves(name):
-                yield f"cells.{k}.{edge}.{option}", cell.leaves(name)[option]
+                leaf = cell.leaves(name)[option]
+                yield owner(leaf), leaf.whole if isinstance(leaf, Chained) else leaf
             elif kind == cell.kind and str(option).endswith("pool_3x3"):
                 path = f"state{edge.rpartition('from')[2]}.{option}"
                 yield f"cells.{k}.{path}", cell.get_submodule(path)
@@ -341,13 +361,155 @@ def darts_norms(net: Any, arch: Arch) -> dict[str, int]:
     }  # fmt: skip
 
 
-def cells(id: str, make_space: Callable[[], SearchSpace], size: int = 8) -> Entry:
+def halvings(space: SearchSpace) -> set[str]:
+    """Edges whose skip_connect has weights."""
+    return {name for name in named(space) if name.startswith("reduce") and name.endswith(("from0", "from1"))}
+
+
+def cells(id: str, make_space: Callable[[], SearchSpace], size: int = 8, entangled: bool = False) -> Entry:
     unknown = "normal.node3.from1 = dreamt is not in this space. Allowed: none, max_pool_3x3"
     return Entry(
-        id, make_space, Cells, {}, "all", darts_used, darts_norms, groups=one_by_one, owners=named, adopts=False, size=size,
+        id, make_space, Cells, {"entangled": entangled}, "all", darts_used, darts_norms, groups=one_by_one, adopts=False,
+        size=size, owners=lambda space: halvings(space) if entangled else named(space),
         refused=lambda space: [
             ({**space.largest(), "normal.node3.from1": "dreamt"}, inherit, unknown) for inherit in (True, False)
         ],
+    )  # fmt: skip
+
+
+# -- conv-macro ---------------------------------------------------------------------------------------------------------
+
+
+def macro_used(net: Any, arch: Arch) -> Iterator[Part]:
+    channels = [3, *(int(arch[f"c{i}"]) for i in (1, 2, 3, 4)), net.space.features]
+    for i, (into, out) in enumerate(pairwise(channels), 1):
+        yield f"conv{i}.weight", (slice(out), slice(into))
+        yield f"conv{i}.bias", (slice(out),)
+    for i in range(len(net.hidden)):
+        yield f"hidden.{i}.weight", (slice(None),)
+        yield f"hidden.{i}.bias", (slice(None),)
+    yield from classifier(net.space.hidden[-1])
+
+
+def conv_macro(id: str, **settings: Any) -> Entry:
+    widths = ((2, 3), (2, 3, 5), (3, 4), (2, 4, 6))
+    return Entry(
+        id, lambda: macro.ConvMacro(widths, (3, 5), features=5, hidden=(7, 6), image=12), ConvMacro, settings, "all",
+        macro_used, norms=lambda net, arch: {}, groups=lambda space: [named(space)], owners=lambda space: set(), size=12,
+        gain=2.5,
+    )  # fmt: skip
+
+
+# -- vision transformers ------------------------------------------------------------------------------------------------
+
+
+def vit_used(net: Any, arch: Arch) -> Iterator[Part]:
+    space, e = net.space, int(arch["embed"])
+    far, whole = space.grid - 1, slice(None)
+    for name in ("weight", "bias", "token"):
+        yield f"patches.{name}", (slice(e), whole)[: 2 if name == "weight" else 1]
+    yield "patches.position", (whole, slice(e))
+    for i in range(int(arch["depth"])):
+        path, n, hidden = f"blocks.{i}", space.heads_size(i).at(arch), space.hidden_size(i).at(arch)
+        full = net.blocks[i].attention.heads.full
+        for part in range(3):
+            rows = slice(part * full, part * full + n)
+            yield f"{path}.attention.qkv.weight", (rows, slice(e))
+            if part != 1:  # what is added to every key alike, the softmax subtracts
+                yield f"{path}.attention.qkv.bias", (rows,)
+        for table in ("keys", "values") if space.relative_position else ():
+            for start in (0, 30):
+                yield f"{path}.attention.{table}", (slice(start, start + 1), whole)
+                yield f"{path}.attention.{table}", (slice(start + 15 - far, start + 16 + far), whole)
+        for leaf, o, c in (("attention.proj", e, n), ("mlp.fc0", hidden, e), ("mlp.fc1", e, hidden)):
+            yield f"{path}.{leaf}.weight", (slice(o), slice(c))
+            yield f"{path}.{leaf}.bias", (slice(o),)
+    for norm in ("norm", *(f"blocks.{i}.norm{k}" for i in range(int(arch["depth"])) for k in (0, 1))):
+        yield f"{norm}.weight", (slice(e),)
+        yield f"{norm}.bias", (slice(e),)
+    yield from classifier(e)
+
+
+def vision(id: str, make_space: Callable[[], SearchSpace], **settings: Any) -> Entry:
+    return Entry(
+        id, make_space, ViT, settings, "all", vit_used, lambda net, arch: {}, groups=lambda space: [{"depth"}],
+        owners=lambda space: {"depth"}, words=("norm",), gain=10.0,
+        refused=lambda space: [({**space.largest(), "depth": 9}, False, r"cannot keep 9 layers\. Allowed: 1 to 3")],
+    )  # fmt: skip
+
+
+# -- NASNet -------------------------------------------------------------------------------------------------------------
+
+
+def nasnet_felt(cell: Any, arch: Arch, widths: list[int]) -> list[bool]:
+    """For each state of a cell, whether a shift of it changes anything: what is normalised before the next ReLU loses it."""
+    felt, last = [False] * len(widths), len(widths) - 1
+    for s in reversed(range(len(widths))):
+        same = cell.states[s].level == cell.states[last].level and widths[s] == widths[last]
+        found = [same and str(s) in str(arch[nasnet.concat(cell.kind)])]
+        for b in cell.blocks:
+            for side in nasnet.SIDES:
+                if arch[nasnet.choice(cell.kind, b, f"{side}.input")] == s:
+                    op = str(arch[nasnet.choice(cell.kind, b, f"{side}.op")])
+                    runs = convolves(op, widths[s], cell.F, cell.stride(s))
+                    found.append(felt[b + 1] if not runs else "_pool_" not in op)
+        felt[s] = any(found)
+    return felt
+
+
+def nasnet_leaves(net: Any, arch: Arch) -> Iterator[tuple[str, Any, int, int, bool]]:
+    """(path, leaf, channels that it reads, channels that it makes, whether a shift of the result is felt)."""
+    yield "stem", net.stem, 3, net.stem.out[0].full, True
+    for k, cell in enumerate(net.cells):
+        widths = [source.size.at(arch) for source in cell.states]
+        felt, path = nasnet_felt(cell, arch, widths), f"cells.{k}"
+        yield f"{path}.squeeze", cell.squeeze, cell.this.size.at(arch), cell.F, felt[0]
+        if cell.before is not None:
+            c = cell.before.size.at(arch)
+            if c != cell.F or cell.before.level != cell.this.level:
+                yield f"{path}.adjust", cell.adjust, c, cell.F, felt[1]
+        for b in cell.blocks:
+            for side in nasnet.SIDES:
+                s = int(arch[nasnet.choice(cell.kind, b, f"{side}.input")])
+                op = str(arch[nasnet.choice(cell.kind, b, f"{side}.op")])
+                if convolves(op, widths[s], cell.F, cell.stride(s)):
+                    yield f"{path}.block{b}.{side}.{op}", cell.leaves(b, side)[op], widths[s], cell.F, felt[b + 1]
+        for s in map(int, str(arch[nasnet.concat(cell.kind)])):
+            if cell.states[s].level != cell.states[-1].level or widths[s] != widths[-1]:
+                yield f"{path}.fit{s}", cell.get_submodule(f"fit{s}"), widths[s], widths[-1], True
+
+
+def nasnet_used(net: Any, arch: Arch) -> Iterator[Part]:
+    for path, leaf, c, o, felt in nasnet_leaves(net, arch):
+        norms = [name for name, module in leaf.named_modules() if isinstance(module, Normalise)]
+        for i, weight in enumerate(leaf.weight):
+            deep = weight.shape[1] == 1 and weight.shape[2] > 1  # a depthwise kernel
+            made = (o // 2, o - o // 2)[i] if norms == ["norm"] else o
+            yield f"{path}.weight.{i}", (slice(c), slice(None)) if deep else (slice(made), slice(c))
+            c = c if deep or norms == ["norm"] else o
+        for name in norms:
+            yield f"{path}.{name}.weight.0", (slice(o),)
+            if felt or name != norms[-1]:
+                yield f"{path}.{name}.bias.0", (slice(o),)
+    yield from classifier(net.cells[-1].out.size.at(arch))
+
+
+def nasnet_norms(net: Any, arch: Arch) -> dict[str, int]:
+    return {f"{path}.{name}": o for path, leaf, _, o, _ in nasnet_leaves(net, arch)
+            for name, module in leaf.named_modules() if isinstance(module, Normalise)}
+
+
+def operations(space: SearchSpace) -> set[str]:
+    return {name for name in named(space) if name.endswith(".op")}
+
+
+def nasnet_cells(id: str, make_space: Callable[[], SearchSpace], size: int = 8) -> Entry:
+    name = "reduce.block1.right.op"
+    unknown = f"{name} = dreamt is not in this space. Allowed: identity, conv_1x3_3x1"
+    return Entry(
+        id, make_space, NASNet, {}, "all", nasnet_used, nasnet_norms, groups=lambda space: [operations(space)],
+        owners=operations, hard=lambda space: named(space) - operations(space), size=size,
+        refused=lambda space: [({**space.largest(), name: "dreamt"}, inherit, unknown) for inherit in (True, False)],
     )  # fmt: skip
 
 
@@ -371,7 +533,15 @@ SUPERNETS = [
     resnet("imagenet18-tas", lambda: ImageNetResNet(18, "tas", widths=(4, 6, 8, 12)), "largest", 32),
     scaled_preresnet("preresnet20", 20, (2, 3, 5)),
     topology("topology", lambda: nats.Topology(4, 1)),
+    topology("topology-entangled", lambda: nats.Topology(4, 1), entangled=True),
     sizes("sizes"),
     cells("darts", lambda: darts.Cells(C=4, layers=3, nodes=2)),
+    nasnet_cells("nasnet", lambda: nasnet.NASNet(N=1, F=4, blocks=2)),
+    cells("darts-entangled", lambda: darts.Cells(C=4, layers=3, nodes=2), entangled=True),
     sizes("sizes-shared-sum", norm="shared", mixing="sum"),
+    conv_macro("conv-macro"),
+    conv_macro("conv-macro-outputs", both_sides=False),
+    vision("vit", lambda: vit.ViT([6, 8, 12], [1, 2, 3], [1, 2, 3], [1, 1.5, 2], head_dim=4, patch=2, image=8)),
+    vision("vit-full", lambda: vit.ViT([4, 8], [2, 3], [1, 2], [1, 2.5], 4, 4, 8, relative_position=False, pool="token"),
+           norm="full", both_sides=False),
 ]

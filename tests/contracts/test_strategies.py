@@ -39,11 +39,14 @@ from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Setup
 from nas.strategies.darts import DARTS
+from nas.strategies.drnas import DrNAS
 from nas.strategies.gdas import GDAS
+from nas.strategies.proxyless import Proxyless
 from nas.strategies.random import Random
 from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
+from nas.strategies.tangle import Tangle
 from nas.strategies.tas import TAS
 from search_spaces import nats
 from search_spaces.space import Mixture, Value
@@ -131,8 +134,8 @@ def test_metrics_are_finite_and_name_the_loss(entry: Entry) -> None:
 def test_the_weights_learn_from_train_and_the_alphas_from_valid(entry: Entry) -> None:
     told = whole(entry.id)[1]
     assert told[0].asked == list(entry.asks)
-    for step in told:  # searches without alphas read validation images to judge, without a graph
-        assert step.asked[: len(entry.asks)] == list(entry.asks) and set(step.asked[len(entry.asks) :]) <= {"valid"}
+    for step in told:  # searches without alphas read images held out for picks to judge, without a graph
+        assert step.asked[: len(entry.asks)] == list(entry.asks) and set(step.asked[len(entry.asks) :]) <= {"select"}
 
 
 def test_passes_are_the_forwards_and_backwards_of_a_step(entry: Entry) -> None:
@@ -181,7 +184,7 @@ def test_arch_is_what_the_next_weight_step_runs(search: Entry) -> None:
     if search.first == "a":
         moving = copy.deepcopy(strategy)
         (step,) = watch(moving, search, 1)
-        assert ran_by_w(step) != announced
+        assert search.runs == "path" or ran_by_w(step) != announced  # the same path may win again
         strategy.a.bases = [0.0]
     (step,) = watch(strategy, search, 1)
     assert ran_by_w(step) == announced and step.stepped[0][0] == search.first
@@ -190,7 +193,7 @@ def test_arch_is_what_the_next_weight_step_runs(search: Entry) -> None:
         assert len(others) == 1 and others[0] != announced
     after = plainly(strategy.arch(moment(1, STEPS, EPOCH_STEPS, SEED)))
     if search.first == "a":
-        assert search.runs == "sample" or after == announced  # the alphas did not move
+        assert search.runs != "mixture" or after == announced  # the alphas did not move
     elif not isinstance(strategy, Random):  # whose trial goes on
         assert after != announced
     assert {type(setting) is Mixture for name, setting in strategy.arch(now).items() if name in strategy.space.free} == {
@@ -234,7 +237,9 @@ def test_a_restriction_is_honoured(search: Entry, name: str) -> None:
     open_ = {(c.name, option) for c in space.choices for option in c.options if len(c.options) > 1}
     if legal:
         inert = {c.name for c in space.choices if any(set(space[n].options).isdisjoint(needed) for n, needed in c.needs)}
+        inert |= {c.name for c in space.choices if c.name.endswith(".concat")}  # of NASNet: what the inputs leave unread
         open_ = {(name, option) for name, option in open_ if name not in inert} - {("node1.from0", "none")}
+        met = {(name, option) for name, option in met if name not in inert}
     assert met == open_
     believed = strategy.probabilities()
     some = "a" in search.moves and search.kind != "scales"  # scales are no probabilities
@@ -277,6 +282,8 @@ def budgeted(kind: str) -> dict[str, tuple[Callable[[Target], Any], str]]:
         f"rarts-{kind}": (lambda target: RARTS(budget=Budget(target)), kind),
         f"snas-{kind}": (lambda target: SNAS(budget=Budget(target)), kind),
         f"gdas-{kind}": (lambda target: GDAS(budget=Budget(target)), kind),
+        f"drnas-{kind}": (lambda target: DrNAS(budget=Budget(target)), kind),
+        f"tangle-{kind}": (lambda target: Tangle("sparsemax", budget=Budget(target)), kind),
     }
 
 
@@ -284,6 +291,7 @@ BUDGETED: dict[str, tuple[Callable[[Target], Any], str]] = {
     "tas": (lambda target: TAS(target=target), "tied"),
     "tas-released": (lambda target: TAS(target=target, rule="released"), "tas"),
     **budgeted("tied"), **budgeted("cells"),
+    "proxyless-cells": (lambda target: Proxyless(budget=Budget(target)), "cells"),
     "rarts-scales": (lambda target: RARTS(kind="scales", budget=Budget(target)), "scales"),
 }  # fmt: skip
 
@@ -327,10 +335,14 @@ WARM: list[tuple[Callable[[Alphas], Any], tuple[str, ...]]] = [
     (lambda alphas: SNAS(alphas=alphas), ("train",)), (lambda alphas: GDAS(alphas=alphas), ("train",)),
     (lambda alphas: RARTS(alphas=alphas), ("train", "valid")),
     (lambda alphas: RARTS(mode="jacobi", alphas=alphas), ("train", "valid")),
+    (lambda alphas: DrNAS(alphas=alphas), ("train",)), (lambda alphas: Tangle(alphas=alphas), ("train",)),
+    (lambda alphas: Tangle("gumbel", alphas=alphas), ("train",)),
+    (lambda alphas: Proxyless(every=1, alphas=alphas), ("train",)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make, asks", WARM, ids=["darts-2", "darts-1", "snas", "gdas", "rarts", "rarts-jacobi"])
+@pytest.mark.parametrize("make, asks", WARM, ids=["darts-2", "darts-1", "snas", "gdas", "rarts", "rarts-jacobi", "drnas",
+                                                  "tangle", "tangle-gumbel", "proxyless"])  # fmt: skip
 def test_alphas_wait_for_their_warm_up(make: Callable[[Alphas], Any], asks: tuple[str, ...]) -> None:
     """One epoch: the weights learn, the logits stay; what arch announces is what they run. Then the logits move."""
     entry = Entry("warm", lambda: make(Alphas(warmup_epochs=1)), "cells", BOTH)
@@ -346,7 +358,8 @@ def test_alphas_wait_for_their_warm_up(make: Callable[[Alphas], Any], asks: tupl
     assert not equal(values(strategy.a), a) and "alpha/grad_norm" in metrics
 
 
-@pytest.mark.parametrize("make", [make for make, _ in WARM[1:5]], ids=["darts", "snas", "gdas", "rarts"])
+@pytest.mark.parametrize("make", [make for make, _ in (*WARM[1:5], *WARM[6:8])],
+                         ids=["darts", "snas", "gdas", "rarts", "drnas", "tangle"])  # fmt: skip
 def test_the_skip_limit_holds_in_what_is_derived(make: Callable[[Alphas], Any]) -> None:
     for limit, expected in ((None, 6), (2, 2), (0, 0)):
         strategy = started(Entry("skips", lambda limit=limit: make(Alphas(skip_limit=limit)), "cells", BOTH))  # type: ignore[misc]
@@ -367,7 +380,7 @@ def test_rates_that_do_not_fall_are_refused(rates: tuple[float, float]) -> None:
         Weights(*rates)
 
 
-@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, RSPS, Random, TAS])
+@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, RSPS, Random, TAS, Proxyless])
 def test_a_search_without_a_space_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="searches a space: give the run a supernet, its space and a cost table"):
         make().start(Setup(plain_net(1), None, None, CrossEntropy(), None, STEPS, EPOCH_STEPS, 0))

@@ -48,6 +48,12 @@ def soft(space: SearchSpace, active: int | None = None, seed: int = 2) -> dict[s
     return found  # type: ignore[return-value]
 
 
+def mixed(entry: Entry, space: SearchSpace, active: int | None = None, arch: Arch | None = None) -> dict[str, Setting]:
+    """``soft``, but what refuses mixtures as in ``arch`` (None: the largest)."""
+    of = space.largest() if arch is None else arch
+    return soft(space, active) | {name: of[name] for name in entry.hard(space)}
+
+
 def gradients(net: nn.Module, x: Tensor, arch: Mapping[str, Setting]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradient of every parameter (zeros where there is none) of a sum in which every logit counts."""
     net.zero_grad(set_to_none=True)
@@ -74,9 +80,10 @@ def test_a_mixture_with_one_candidate_is_the_hard_arch(entry: Entry, training: b
     net, x = entry.net().train(training), entry.images()
     for arch in archs(net.space, 2):
         z, expected = gradients(net, x, arch)
-        for mixture in (one_candidate(arch), one_active(net.space, arch)):
-            mixed, found = gradients(net, x, mixture)
-            assert same(mixed, z)
+        hard = {name: arch[name] for name in entry.hard(net.space)}
+        for mixture in (one_candidate(arch) | hard, one_active(net.space, arch) | hard):
+            out, found = gradients(net, x, mixture)
+            assert same(out, z)
             assert all(same(found[name], expected[name]) for name in expected)
 
 
@@ -84,7 +91,7 @@ def test_two_archs_in_one_step_do_not_touch_each_other(entry: Entry) -> None:
     net, x = entry.net(), entry.images()
     a, b = archs(net.space, 2, seed=3)
     alone = [net(x, a), net(x, b)]
-    first, _, second = net(x, a), net(x, soft(net.space)), net(x, b)
+    first, _, second = net(x, a), net(x, mixed(entry, net.space)), net(x, b)
     assert torch.equal(first, alone[0]) and torch.equal(second, alone[1])
     assert not same(first, second, 1e-3)
 
@@ -93,9 +100,10 @@ def test_two_archs_in_one_step_do_not_touch_each_other(entry: Entry) -> None:
 def test_training_writes_no_buffer(entry: Entry, kind: str) -> None:
     net = entry.net().train()
     before = {name: value.clone() for name, value in net.named_buffers()}
-    setting = {"hard": net.space.largest(), "pair": soft(net.space, 2), "soft": soft(net.space)}[kind]
+    setting = {"hard": net.space.largest(), "pair": mixed(entry, net.space, 2), "soft": mixed(entry, net.space)}[kind]
     gradients(net, entry.images(), setting)
-    assert before and all(torch.equal(before[name], value) for name, value in net.named_buffers())
+    assert bool(before) == bool(entry.norms(net, net.space.largest()))
+    assert all(torch.equal(before[name], value) for name, value in net.named_buffers())
 
 
 def test_dropout_is_an_argument_and_only_of_training(entry: Entry) -> None:
@@ -116,7 +124,8 @@ def test_reset_draws_from_its_generator(entry: Entry) -> None:
     drawn = [name for name, value in states[0].items() if value.ndim > 1]
     assert drawn and all(not torch.equal(states[0][name], states[2][name]) for name in drawn)
     norms = [module for module in net.modules() if isinstance(module, Normalise)]
-    assert norms and all(bool((gamma == 1).all()) for module in norms for gamma in module.weight)
+    assert bool(norms) == bool(entry.norms(net, net.space.largest()))
+    assert all(bool((gamma == 1).all()) for module in norms for gamma in module.weight)
     assert all(bool((beta == 0).all()) for module in norms for beta in module.bias)
 
 
@@ -138,7 +147,7 @@ def test_channels_last_changes_nothing(entry: Entry, kind: str) -> None:
         net, x = entry.net().to(memory_format=layout), entry.images().contiguous(memory_format=layout)
         setting: dict[str, Setting] = dict(archs(net.space, 1)[0])
         if kind != "hard":
-            setting = soft(net.space, 2 if kind == "pair" else None)
+            setting = mixed(entry, net.space, 2 if kind == "pair" else None)
         z, grads = gradients(net, x, setting)
         mixtures = {name: s.weights for name, s in setting.items() if isinstance(s, Mixture)}
         weights = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in mixtures.items()}
@@ -153,6 +162,14 @@ def test_channels_last_changes_nothing(entry: Entry, kind: str) -> None:
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
     """No unit is dead by chance: who gets a gradient is then a matter of structure alone."""
     monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
+
+
+def test_what_refuses_mixtures_says_so(entry: Entry) -> None:
+    net, arch = entry.net(), entry.make_space().largest()
+    for name in entry.hard(net.space):
+        with pytest.raises(ValueError, match=f"{name} is a mixture") as error:
+            net(entry.images(), arch | {name: soft(net.space)[name]})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("smooth")
@@ -173,7 +190,7 @@ def test_gradients_reach_exactly_the_weights_in_use(entry: Entry) -> None:
 def test_a_mixture_reaches_its_active_options_only(entry: Entry) -> None:
     net, x = entry.net().train(), entry.images()
     largest = net.space.largest()
-    settings = soft(net.space, 2) | {name: largest[name] for name in entry.structure(net.space)}
+    settings = mixed(entry, net.space, 2) | {name: largest[name] for name in entry.structure(net.space)}
     gradients(net, x, settings)
     checked = 0
     for name, mixture in settings.items():
@@ -187,9 +204,11 @@ def test_a_mixture_reaches_its_active_options_only(entry: Entry) -> None:
 @pytest.mark.usefixtures("smooth")
 def test_gradients_reach_every_weight_of_a_mixture(entry: Entry) -> None:
     net, x = entry.net().train(), entry.images()
-    settings = soft(net.space)
+    settings = mixed(entry, net.space)
     gradients(net, x, settings)
     for name, mixture in settings.items():
+        if name in entry.hard(net.space):
+            continue
         assert isinstance(mixture, Mixture) and mixture.weights.grad is not None, name
         for option, grad in zip(mixture.options, mixture.weights.grad.tolist()):
             assert (grad == 0) is (option in net.space.nones), (name, option)
@@ -202,7 +221,7 @@ def test_owned_parameters_get_a_gradient_iff_their_option_is_used(entry: Entry) 
     owners = set()
     for arch in (net.space.largest(), net.space.smallest(), *archs(net.space, 1, seed=9)):
         for fixed in entry.groups(net.space):
-            gradients(net, x, soft(net.space) | {name: arch[name] for name in fixed})
+            gradients(net, x, mixed(entry, net.space, arch=arch) | {name: arch[name] for name in fixed})
             for name in fixed:
                 options = net.space[name].options
                 for option in options:

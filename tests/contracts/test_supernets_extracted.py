@@ -59,8 +59,9 @@ def check_inherited(entry: Entry, net: Any, found: list[Arch]) -> None:
             assert same(net(x, arch), z, 0.0)  # copies, not views
             assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     first, second = (recalibrate(net, found[:1], [batch])[0] for batch in batches)
-    stem = next(iter(first))
-    assert not same(first[stem][0], second[stem][0], 1e-3)  # statistics that matter
+    stem = next(iter(first), None)
+    assert stem is not None if entry.norms(net, found[0]) else not first
+    assert stem is None or not same(first[stem][0], second[stem][0], 1e-3)  # statistics that matter
 
 
 def test_predicted_costs_are_counted_costs(entry: Entry) -> None:
@@ -192,7 +193,8 @@ def test_adopting_and_extracting_the_largest_is_the_identity(entry: Entry) -> No
                 for gamma, beta in zip(leaf.norm.weight, leaf.norm.bias):
                     assert torch.equal(gamma, weights[f"{path}.norm.weight"][: len(gamma)])
                     assert torch.equal(beta, weights[f"{path}.norm.bias"][: len(beta)])
-    assert torch.equal(net.classifier.weight, weights["classifier.weight"])
+    features = weights["classifier.weight"].shape[1]  # of the dearest options, which need not give the widest output
+    assert torch.equal(net.classifier.weight[:, :features], weights["classifier.weight"])
     del weights["classifier.bias"]
     with pytest.raises(ValueError, match=r"not of this space's largest network: classifier\.bias"):
         adopt(net, largest, weights, x)
@@ -221,7 +223,7 @@ print(json.dumps({"isolated": sys.flags.isolated, "ours": ours}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("id", ["cifar20-tied", "cifar20-tas", "preresnet20", "topology", "sizes"])
+@pytest.mark.parametrize("id", ["cifar20-tied", "cifar20-tas", "preresnet20", "topology", "sizes", "nasnet", "vit"])
 def test_a_bundle_loads_where_only_torch_is_installed(id: str, tmp_path: Path) -> None:
     (entry,) = (entry for entry in SUPERNETS if entry.id == id)
     net, inherit = entry.net().float(), entry.inherits == "all"

@@ -29,6 +29,7 @@ class Given(NamedTuple):
 
 Words = Callable[[Given], list[str | Path]]
 TAS = "nas.strategies.tas.TAS"
+RARTS = "nas.strategies.rarts.RARTS"
 SPACE = "search_spaces.resnet.CifarResNet"
 MINE = ("--data.name", "folder", "--data.root", "mine", "--data.limit", "null", "--data.batch_size", "5")
 BOTH = ("checkpoints/last.pt", "checkpoints/previous.pt")
@@ -116,7 +117,7 @@ def photo(mode: str) -> Words:
 
 CASES: dict[str, tuple[Words, list[str]]] = {
     # recipes and keys
-    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit'", "Allowed: darts-", "tas-digits", "Nearest: tas-digits"]),
+    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit' is not known. Nearest: tas-digits. Allowed: darts-"]),
     "recipe missing": (verb("search", "nope.yaml"), ["nope.yaml", "no such file"]),
     "recipe unnamed": (verb("search", "--epochs", "3"), ["which recipe", "tas-digits"]),
     "recipe a list": (recipe("- a\n- b\n"), ["mine.yaml", "keys and values"]),
@@ -129,11 +130,21 @@ CASES: dict[str, tuple[Words, list[str]]] = {
     "recipe null": (recipe("epochs: null\n"), ["epochs is empty", "1 is the default"]),
     "recipe type": (recipe("epochs: many\n"), ["epochs = many is not valid", "a whole number"]),
     "recipe init_args": (strategy("3"), ["strategy.init_args = 3 is not a section"]),
-    "recipe class key": (strategy("{targt: 5%}"), [f"targt is not a known key of {TAS}", "Nearest: target"]),
+    "recipe class key": (strategy("{targt: 5%}"), [f"strategy.targt is not a known key of {TAS}", "Nearest: strategy.target."]),
     "recipe class type": (strategy("{lr: abc}"), ["strategy.lr = abc is not valid", "a number"]),
     "recipe class needs": (recipe(f"space: {{class_path: {SPACE}}}\n"), ["space", f"{SPACE} needs depth", "--space.KEY"]),
     "key unknown": (search("--data.limt", "3"), ["data.limt is not a known key", "Nearest: data.limit"]),
-    "key of a class": (search("--strategy.targt", "50%"), [f"targt is not a known key of {TAS}", "Nearest: target"]),
+    "key of a class": (search("--strategy.targt", "50%"),
+                       [f"strategy.targt is not a known key of {TAS}", "Nearest: strategy.target."]),
+    "key of a section": (verb("search", "rarts-digits", "--strategy.alpha.lr", "1"),
+                         [f"strategy.alpha.lr is not a known key of {RARTS}", "Nearest: strategy.alphas.lr."]),
+    "key in a section": (verb("search", "rarts-digits", "--strategy.init_args.alphas.lrr", "1"),
+                        ["Nearest: strategy.alphas.lr."]),
+    "key of a budget": (verb("search", "rarts-digits", "--strategy.budget.targt", "1"),
+                        ["Nearest: strategy.budget.target."]),
+    "recipe key of a section": (recipe(f"strategy: {{class_path: {RARTS}, init_args: {{weight: {{lr: 1}}}}}}\n"),
+                                ["strategy.weight", "Nearest: strategy.weights"]),
+    "share without %": (search("--strategy.target", "0.4"), ["target = 0.4", "did you mean 40%?"]),
     "word too many": (search("stray"), ["'stray'", "--key value"]),
     "value missing": (verb("search", "tas-digits", "--epochs"), ["--epochs needs a value"]),
     "whole number": (search("--epochs", "1.5"), ["epochs = 1.5 is not valid", "Expected: a whole number"]),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from cli import DATA, SPACE, nas, ok
 
+from nas.commands.latency import doubt
 from nas.cost import Budget, CostTable
 from nas.latency import read_latency
 from search_spaces.resnet import CifarResNet
+from supernets.layers import Shape
 from supernets.resnet import ResNet
 
 QUICK = ("--repeats", "2", "--threads", "1", "--device", "cpu")
@@ -44,9 +46,23 @@ def test_the_table_holds_each_shape_once_and_the_summary_counts_them(tmp_path: P
     assert found["table"] == str(table) and found["sum_ms"] > 0 and found["whole_ms"] > 0
 
 
+@pytest.mark.parametrize("added, words", [
+    (1.0, ""), (1.29, ""), (0.71, ""), (2.0, "the table says 100% more than the largest network takes"), (0.5, "50% less than"),
+])  # fmt: skip
+def test_a_table_far_from_the_whole_network_is_doubted(added: float, words: str) -> None:
+    assert words in doubt(added, 1.0) and bool(doubt(added, 1.0)) == bool(words)
+
+
+def test_the_doubt_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.commands.latency.compared", lambda *_: (3.0, 2.0))
+    monkeypatch.setattr("nas.commands.latency.shapes_of", lambda _: [("norm", Shape(4, 4, hw=(2, 2)))])
+    done = ok("latency", "tas-digits", *DATA, *SPACE, *QUICK, "--out", tmp_path / "table.csv")
+    assert "the largest network: 3 ms by the table, 2 ms measured as a whole" in done.err and doubt(3.0, 2.0) in done.err
+
+
 @pytest.mark.parametrize("words, message", [
     (("latency",), "recipe"),
-    (("latency", "tas-digit"), "recipe 'tas-digit' is not known. Allowed: "),
+    (("latency", "tas-digit"), "recipe 'tas-digit' is not known. Nearest: tas-digits. Allowed: "),
     (("latency", "tas-digits", "--batch", "0"), "--batch 0, --repeats 20: too few. Allowed: 1 or more"),
     (("latency", "tas-digits", "--out", "table.txt"), "a latency table ends in .csv"),
     (("latency", "tas-digits", "--out", "there.csv"), "there.csv is there already: choose another name"),

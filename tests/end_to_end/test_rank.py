@@ -151,7 +151,9 @@ def test_given_values_need_no_run(truth: str) -> None:
     save("p.csv", {"arch": [TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[4], TEXTS[3], TEXTS[5], "absent"], "p": [3, 1, 2, 2, 1, "", 4]})
     words = ("rank", "--truth", truth, "--key", "arch", "--value", "acc", "--predictions", "p.csv", "--prediction", "p")
     result = ok(*words)
-    assert result.last == "runs/rank/rank.json" and ok(*words).last == "runs/rank-2/rank.json"
+    assert result.last == "runs/rank/rank.json" and "nas: no run folder is named: the result goes into runs/rank," in result.err
+    assert ok(*words).last == "runs/rank-2/rank.json"
+    assert "no run folder" not in ok(*words, "--out", "mine").err
     report = json.loads(Path(result.last).read_text())
     assert list(report["rankers"]) == ["prediction"] and report["n"] == 4
     tau = report["rankers"]["prediction"]["kendall_tau"]
@@ -222,10 +224,14 @@ CASES: dict[str, tuple[Words, list[str]]] = {
     "value unnamed": (ON, ["--value is missing", "acc, n"]),
     "value no number": ([*ON, "--value", "arch"], ["truth.csv, row 1: arch = ", "is no number"]),
     "no overlap": ([*ON, "--value", "acc", "--archs", "mine.csv"], ["0 architectures with truth and prediction",
-                                                                   "3 not in the truth", "The truth says 'stage0"]),
+                                                                   "3 not in the truth", "truth.csv does not name 'stage0",
+                                                                   f"; its first is {TEXTS[0]!r}."]),
     "too few": ([*ON, "--value", "acc", "--archs", "2"], ["--archs 2 is too few"]),
     "too few left": ([*ON, "--value", "n"], ["2 architectures with truth and prediction; a ranking needs 3",
-                                             "10 without a truth"]),
+                                             f"10 without a truth. truth.csv has no number in column n for {TEXTS[2]!r}."]),
+    "too few of a table": (["TIED", "--truth", "two.csv", "--value", "acc"], ["2 architectures with", "none. All 2 that"]),
+    "too few predicted": ([*GIVEN, "--value", "acc", "--prediction", "q"],
+                          [f"10 without a prediction. p.csv has no number in column q for {TEXTS[2]!r}."]),
     "archs": ([*ON, "--value", "acc", "--archs", "some"], ["--archs some: there is no such file", "a number, all"]),
     "bn": ([*ON, "--value", "acc", "--bn", "running"], ["--bn running", "Allowed: recalibrated, batch"]),
     "split": ([*ON, "--value", "acc", "--split", "train"], ["--split train", "select, valid, test"]),
@@ -248,7 +254,8 @@ def test_bad_input_is_one_line_and_changes_nothing(name: str, tied: Path, place:
     save("truth.csv", {"arch": TEXTS, "acc": range(12), "n": [1, 2, *[None] * 10]})
     save("words.csv", {"name": ["a", "b", "c"], "acc": [1, 2, 3]})
     save("numbers.csv", {"index": [0, 1, 2], "acc": [1, 2, 3]})
-    save("p.csv", {"arch": TEXTS, "p": range(12)})
+    save("two.csv", {"arch": TEXTS[:2], "acc": range(2)})
+    save("p.csv", {"arch": TEXTS, "p": range(12), "q": [1, 2, *[None] * 10]})
     save("mine.csv", {"arch": [NET.text(NET.sample(random.Random(seed))) for seed in (50, 51, 52)]})
     Path("picture.csv").write_bytes(bytes(range(256)))
     Path("folder").mkdir()

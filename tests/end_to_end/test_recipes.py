@@ -33,7 +33,8 @@ def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     with torch.device("meta"):  # no memory and no numbers: only costs are read
         net = build(config.supernet, space=space, channels=shape[0], classes=classes)
     strategy = build(config.strategy)
-    costs, own = CostTable(net, shape[1:]), getattr(strategy, "budget", None)
+    side = (config.data.size, config.data.size) if config.data.size else shape[1:]
+    costs, own = CostTable(net, side), getattr(strategy, "budget", None)
     target = strategy.target if isinstance(strategy, TAS) else own.target if own else None
     assert isinstance(strategy, (TAS if name.startswith("tas-") else object)) and strategy.passes() >= 1
     if target is not None:
@@ -41,6 +42,17 @@ def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     retraining = parse(retrain_parser(), base_of(recipe), [])
     assert 0 <= retraining.plain.warmup_epochs < retraining.epochs
     assert isinstance(Plain(**retraining.plain.as_dict()), Plain)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_images_that_train_weights_do_not_judge_them(name: str) -> None:
+    """RARTS trains a copy of the weights on the validation images, so its picks read others. Retraining takes them all."""
+    recipe = read(find(name))
+    config = parse(search_parser(), recipe, [])
+    held = config.data.select_fraction
+    assert config.data.valid_fraction > 0 and (held >= 0.1 if name.startswith("rarts-") else held >= 0.0)
+    retraining = parse(retrain_parser(), base_of(recipe), []).data
+    assert (retraining.valid_fraction, retraining.select_fraction) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

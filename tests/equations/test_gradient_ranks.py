@@ -24,11 +24,14 @@ from nas.protocols import Batch, Setup
 from nas.ranks import Ranks
 from nas.run import Run
 from nas.strategies.darts import DARTS
+from nas.strategies.drnas import DrNAS
 from nas.strategies.gdas import GDAS
+from nas.strategies.proxyless import Proxyless
 from nas.strategies.random import Random
 from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
+from nas.strategies.tangle import Tangle
 from search_spaces.nats import Topology as Cells
 from search_spaces.preresnet import PreResNet as Scaled
 from search_spaces.space import SearchSpace, Setting
@@ -57,6 +60,10 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "first": lambda: doubled(DARTS)(order=1, **SETTINGS), "snas": lambda: doubled(SNAS)(**SETTINGS),
     "rarts": lambda: doubled(RARTS)(lam=2.0, beta=3.0, **SETTINGS),
     "jacobi": lambda: doubled(RARTS)(mode="jacobi", **SETTINGS), "gdas": lambda: doubled(GDAS)(**SETTINGS),
+    "drnas": lambda: doubled(DrNAS)(budget=Budget("40%"), **SETTINGS), "tangle": lambda: doubled(Tangle)(**SETTINGS),
+    "sparsemax": lambda: doubled(Tangle)("sparsemax", **SETTINGS), "gumbel": lambda: doubled(Tangle)("gumbel", **SETTINGS),
+    "proxyless": lambda: doubled(Proxyless)(every=2, budget=Budget("40%"), **SETTINGS),
+    "proxyless-two": lambda: doubled(Proxyless)("two", every=2, **SETTINGS),
     "scales": lambda: doubled(RARTS)(kind="scales", l1=1e-2, keep=0.5, beta=3.0, weights=WEIGHTS, alphas=Alphas(lr=0.05)),
     "rsps": lambda: RSPS(archs=10, batches=2, weights=WEIGHTS), "random": lambda: Random(trials=3, judge=2, weights=WEIGHTS),
 }  # fmt: skip

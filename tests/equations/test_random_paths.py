@@ -150,7 +150,7 @@ def test_rsps_takes_the_best_of_its_architectures(batches: int) -> None:
     assert strategy.architecture() == tried[scores.index(max(scores))] and len(set(scores)) > 2
     assert batches > 1 or scores.count(max(scores)) > 1
     assert metrics["valid/top1"] == pytest.approx(max(scores))
-    assert draw.asked == [("train", None)] * 3 + [("valid", 1.0)] * 40 * batches
+    assert draw.asked == [("train", None)] * 3 + [("select", 1.0)] * 40 * batches
     assert net.ran[3:] == [(arch, False) for arch in tried for _ in range(batches)]
 
 
@@ -189,7 +189,7 @@ def test_a_random_search_by_hand() -> None:
             assert strategy.architecture() == best[0]
             assert strategy.network(best[0]).w.tolist() == pytest.approx(best[1], rel=1e-12)
     assert ended[0][0] == given[0] and len({tuple(w.tolist()) for w in net.resets}) == 3
-    assert Counter(draw.asked) == {("train", None): 10, ("valid", None): 6}
+    assert Counter(draw.asked) == {("train", None): 10, ("select", None): 6}
     others = [arch for arch, _, _ in ended if arch != best[0]]
     assert others and all(strategy.network(arch) is net for arch in others)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nas.benchmarks import cells, quality
+from nas.benchmarks import cells, entangled, gates, pairs, quality
 from nas.benchmarks.quality import CELLS, WIDTHS, Contestant, accuracies, legal, markdown, picture, plan, uniform
 from search_spaces.arch import ArchFile
 from search_spaces.nats import NAMES, OPS, Topology
@@ -101,3 +102,17 @@ def test_the_steps_on_cells_are_measured(tmp_path: Path) -> None:
     assert row["case"] == "GDAS, alpha pass" and row["ratio"] > 0 and row["aten_calls"]["ours"] > 100
     assert set(figures["peaks"]["channels_last"]) == {"gdas-a", "path"}
     assert json.loads(out.read_text())["rows"] == figures["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, words, case", [
+    (gates, ["--C", "4"], "nb201, two"), (entangled, [], "macro, softmax, weights"), (entangled, [], "vit, softmax, alphas"),
+], ids=["gates", "macro", "vit"])  # fmt: skip
+def test_passes_of_gates_and_superposed_nets_are_measured(program: Any, words: list[str], case: str, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    figures = program.main(["--pairs", "2", "--batch", "2", "--peak-batch", "3", "--size", "16", "--layouts", "nchw",
+                            "--only", case, "--out", str(out), *words])  # fmt: skip
+    (row,) = figures["rows"]
+    assert row["case"] == case and row["ratio"] > 0 and row["aten_calls"]["ours"] > row["aten_calls"]["against"] > 100
+    assert set(figures["peaks"]["nchw"]) == {row["ours"], row["against"]} and figures["peak_batch"] == 3
+    assert json.loads(out.read_text())["rows"] == figures["rows"] and f"| {case} | " in pairs.markdown(figures)

@@ -31,6 +31,7 @@ def table(kind: str, view: str = "derived", price: Any = macs) -> CostTable:
     ("conv", Shape(8, 8, (3, 3), 2, groups=8, hw=(2, 2), bias=True), 8 * 9 * 4, 8 * 9 + 8, 8 * 4),
     ("linear", Shape(7, 10, bias=True), 70, 80, 10),
     ("norm", Shape(6, 6, hw=(4, 4)), 0, 12, 0),
+    ("table", Shape(5, 6), 0, 30, 0),
 ])
 def test_prices_of_one_layer(op: str, shape: Shape, products: int, numbers: int, outputs: int) -> None:
     assert (macs(op, shape), params(op, shape), activations(op, shape)) == (products, numbers, outputs)

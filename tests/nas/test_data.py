@@ -197,6 +197,18 @@ def test_bad_arguments(args, why):
     assert "\n" not in str(error.value)
 
 
+def test_a_select_split_smaller_than_a_batch_is_drawn_whole():
+    """What judges at the end of a training must not refuse there."""
+    data = digits(batch_size=50, valid_fraction=0.2, select_fraction=0.02, augment=["crop"])
+    n = data.count("select")
+    assert n == 29
+    draw = data.feed(0, "cpu")
+    assert [sorted(draw("select").index.tolist()) for _ in range(2)] == [list(range(29))] * 2
+    assert len(draw("select", odds=1.0).y) == 29 and draw.epoch_steps("select") == 1
+    two = [data.feed(0, "cpu", rank, 2)("select").index.tolist() for rank in range(2)]
+    assert [len(share) for share in two] == [14, 14] and len({*two[0], *two[1]}) == 28
+
+
 def test_bad_feeds():
     data = digits(batch_size=50, valid_fraction=0.02)
     with pytest.raises(ValueError, match="batch_size = 50 does not divide by 3 ranks"):

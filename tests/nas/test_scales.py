@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.alpha import Scales
 from nas.cost import CostTable, macs
 from nas.descent import Descent
+from nas.scales import Scales
 from search_spaces.preresnet import PreResNet as Space
 from search_spaces.space import Choice, Mixture, SearchSpace
-from supernets.preresnet import build, tail_sums
+from supernets.preresnet import build
+from supernets.superpose import tail_sums
 
 CHOICES = [Choice("a.width", (1, 2, 3, 4)), Choice("b.width", (1, 2)), Choice("c.width", (1, 2, 3))]
 S = [0.9, -0.5, 0.1, 0.3, 0.2, -0.8, 0.6, 0.4, 0.7]  # |s| ranks: a 1 5 9 7, b 8 2, c 4 6 3

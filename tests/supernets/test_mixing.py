@@ -169,7 +169,7 @@ def test_a_gate_passes_the_active_and_weighs_them_all(at: tuple[int, ...]) -> No
     f = values(net, x.detach())
     assert torch.allclose(out, sum(f[j] for j in at), rtol=0, atol=1e-14)  # type: ignore[arg-type]
     (out * grad).sum().backward()
-    assert net.calls == [1 + int(j in at) for j in range(3)]
+    assert net.calls == [1, 1, 1]  # what is active is remembered
     assert w.grad is not None and w.grad.tolist() == pytest.approx([(f_j * grad).sum().item() for f_j in f], rel=1e-12)
     dx = sum(net.s.detach()[j] * (1 - f[j] ** 2) for j in at) * grad
     assert x.grad is not None and torch.allclose(x.grad, dx, rtol=0, atol=1e-12)  # type: ignore[arg-type]
@@ -208,6 +208,51 @@ def test_a_mixture_of_nothing_but_empty_candidates_is_the_given_zero() -> None:
     assert torch.allclose(out, torch.full_like(out, 0.8), rtol=0, atol=1e-15) and net.calls == [0, 0, 0]
     with pytest.raises(ValueError, match="no zero is given"):
         blend([None, *net.candidates()[1:]], x, alone)
+
+
+def test_a_gate_to_nothing_still_weighs_the_others() -> None:
+    net, x, w, grad = settled()
+    gate = Mixture(("none", "b", "c"), w, (0,), "gate")
+    out = blend([None, *net.candidates()[1:]], x, gate, empty=lambda x: x * 0.0)
+    assert not bool(out.any()) and net.calls == [0, 0, 0]
+    (out * grad).sum().backward()
+    f = values(net, x.detach())
+    assert net.calls == [0, 1, 1] and w.grad is not None and w.grad[0].item() == 0.0
+    assert w.grad[1:].tolist() == pytest.approx([(f_j * grad).sum().item() for f_j in f[1:]], rel=1e-12)
+    with pytest.raises(ValueError, match="no zero is given"):
+        blend([None, *net.candidates()[1:]], x, gate)
+
+
+def test_a_gate_is_differentiated_once() -> None:
+    net, x, w, grad = settled()
+    out = (blend(net.candidates(), x, Mixture(("a", "b", "c"), w, (1,), "gate")) * grad).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in one backward pass"):
+        out.backward()
+
+
+def test_a_gate_without_gradients_runs_nothing_again() -> None:
+    net, x, w, grad = settled()
+    (blend(net.candidates(), x, Mixture(("a", "b", "c"), w.detach(), (1,), "gate")) * grad).sum().backward()
+    assert net.calls == [0, 1, 0] and net.s.grad is not None and bool(net.s.grad[1])
+
+
+def test_a_gate_runs_the_others_in_the_precision_of_the_forward() -> None:
+    """Under autocast a linear layer answers in bfloat16, in the backward pass too, where autocast is off."""
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    met: list[torch.dtype] = []
+
+    def candidate(_: Tensor, w: Tensor | None) -> Scaled:
+        y = layer(x)
+        met.append(y.dtype)
+        return y, w
+
+    w = torch.tensor([1.0, 0.0], requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = blend([candidate, candidate], x, Mixture(("a", "b"), w, (0,), "gate"))
+    out.float().sum().backward()
+    assert met == [torch.bfloat16] * 2 and w.grad is not None and w.grad.dtype == torch.float32
+    assert w.grad[0].item() == w.grad[1].item() == pytest.approx(layer(x).sum().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("idle", ["absent", "ones", "gate"])

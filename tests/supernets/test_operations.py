@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from nas.bundle import counted
 from nas.cost import macs, params
+from supernets.chains import filled, together
 from supernets.elastic import Leaf
-from supernets.operations import Classifier, Conv, Halve, Operation, Pool, filled, together, zero
+from supernets.operations import Classifier, Conv, Halve, Operation, Pool, zero
 
 SEPARABLE = [[Conv(3, 2, 1, True), Conv(1)], [Conv(3, 1, 1, True), Conv(1)]]
 LEAVES: dict[str, Any] = {
@@ -92,7 +93,7 @@ def test_together_is_each_alone(bias: bool) -> None:
     operations = [Operation(4, 6, [[Conv(3, 2)]], affine=False, bias=bias).double() for _ in range(3)]
     weights = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.2, 0.3, 0.5)]
     x = state().requires_grad_()
-    joint = together(operations, x, weights)
+    joint = together([operation.chain() for operation in operations], x, weights)
     alone = [operation.scaled(x, w)[0] for operation, w in zip(operations, weights)]
     sources = [x, *weights, *(operation.weight[0] for operation in operations)]
     for outs in (joint, alone):

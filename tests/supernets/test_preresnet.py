@@ -18,8 +18,9 @@ from search_spaces.preresnet import PreResNet as Space
 from search_spaces.sizes import Segment, Size, fixed
 from search_spaces.space import Arch, Mixture, Setting
 from supernets.extract import extract
-from supernets.preresnet import PreResNet, ScaledNorm, build, tail_sums
+from supernets.preresnet import PreResNet, ScaledNorm, build
 from supernets.printer import check, source
+from supernets.superpose import tail_sums
 
 
 def net_of(depth: int = 20, widths: tuple[int, int, int] = (3, 4, 5)) -> Any:
