@@ -13,8 +13,9 @@ arXiv 1812.00332. The form that learns by gradients; its REINFORCE form is left 
     full     every operation runs with a graph, and autograd finds (2): the memory of a mixture. For reference.
     full_v2  only f_i runs with a graph; the other f_j run in the backward pass, without one: the memory of one path, and of
              the inputs and outputs of its operations.
-    two      two options are drawn without replacement, in proportion to p + 1e-7 (``Alpha.gumbel``; the 1e-7 is ours); in (2) to (4) p is the softmax of these two, i of it.
-             Then log(sum exp a_new / sum exp a_old), over the two, is subtracted from both: no other probability changes.
+    two      two options are drawn without replacement, from p + 1e-7 as in TAS (published: from p); in (2) to (4) p is the
+             softmax of these two, i of it. Then log(sum exp a_new / sum exp a_old), over the two, is subtracted from both: no
+             other probability changes.
 
 With a ``budget``, E is the expected cost under p (in ``two``: of each pair) at any price, R the target:
 

@@ -18,9 +18,9 @@ once (supernets.superpose; of cells, ``entangled: true``); any other supernet mi
                  runs, times t_k; tau linear over the epochs
 
 One rule reads a in training and in derivation: the most probable option of each choice is the argmax of a, and where choices
-are compared (edges of a cell, a budget) it is by t without noise: softmax, sparsemax, the mean of the Dirichlet. That mean is ours:
-the released DrNAS (and nas.strategies.drnas) reads softmax(a) there, which orders the options of a choice alike, but other edges of
-a DARTS cell may be kept and another architecture may meet a budget.
+are compared (edges of a cell, a budget) it is by t without noise: softmax, sparsemax, the mean of the Dirichlet. That mean is
+ours: the released DrNAS (and nas.strategies.drnas) reads softmax(a), which orders the options of a choice alike, but may keep
+other edges of a DARTS cell and meet a budget with another architecture.
 
 Not part of the paper, which searches by accuracy alone: ``budget``, a term on the expected cost, at t without noise, which is
 what t costs in expectation; alpha warm-up and skip limit (``alphas``). Not done: DARTS of second order (nas.strategies.darts).
