@@ -6,9 +6,9 @@ arXiv 1902.07638. Rules as in the NATS-Bench code (shared page single-path.md).
 
 Legal is what ``space.sample`` gives: in NAS-Bench-201 a node is redrawn while all its incoming operations are none. In (2)
 every architecture sees ``batches`` random batches (published: one of 512; its standard error is about 2 points, so give more
-unless fidelity is the aim) and is normalised by the batch's own statistics, without dropout. They are images held out for picks (``select``,
-where that is empty the validation split), as they are: without the training view's crops and flips. Before the end
-``architecture`` is the path of the last step. There are no alphas; the arch half is not forwarded during training.
+unless fidelity is the aim) and is normalised by the batch's own statistics, without dropout. They are images held out for
+picks (``select``, where that is empty the validation split), as they are: without the training view's crops and flips. Before
+the end ``architecture`` is the path of the last step. There are no alphas; the arch half is not forwarded during training.
 
 Not done: the released code draws operations for every cell anew; here all cells share one architecture, as what is derived.
 """

@@ -187,6 +187,7 @@ STRATEGIES = [
     Entry("drnas-kl-cells", lambda: DrNAS(kl=1e-3, alphas=Alphas(weight_decay=0.0)), "cells", BOTH, first="a", slow=True),
     *entangled("macro", lambda: Budget("60%"), ("dirichlet",)),
     *entangled("vit", lambda: None, ("sparsemax", "gumbel")),
+    Entry("tangle-budget-vit", lambda: Tangle(budget=Budget("60%")), "vit", BOTH, first="a", asks=VALID_FIRST, slow=True),
     *entangled("tied", lambda: Budget("60%")), *entangled("cells", lambda: Budget("35%")),
     Entry("tangle-kl-macro", lambda: Tangle(kl=1e-3, alphas=Alphas(weight_decay=0.0)), "macro", BOTH, first="a",
           asks=VALID_FIRST, slow=True),
@@ -197,7 +198,7 @@ STRATEGIES = [
     Entry("proxyless-two-darts", lambda: Proxyless("two", every=1), "darts", BOTH, runs="path", slow=True),
     *random_paths("tied", trials=2, slow=True),  # saved in the middle of a trial
     *random_paths("cells", trials=4, slow=False),  # saved at the end of one
-    *random_paths("nasnet", trials=2, slow=True),
+    *random_paths("nasnet", trials=2, slow=True), *random_paths("macro", trials=2, slow=True),
 ]  # fmt: skip
 SEARCHES = [entry for entry in STRATEGIES if entry.kind]
 DATA = Data("digits", batch_size=16, valid_fraction=0.5)

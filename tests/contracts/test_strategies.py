@@ -380,7 +380,7 @@ def test_rates_that_do_not_fall_are_refused(rates: tuple[float, float]) -> None:
         Weights(*rates)
 
 
-@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, RSPS, Random, TAS, Proxyless])
+@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, DrNAS, Tangle, RSPS, Random, TAS, Proxyless])
 def test_a_search_without_a_space_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="searches a space: give the run a supernet, its space and a cost table"):
         make().start(Setup(plain_net(1), None, None, CrossEntropy(), None, STEPS, EPOCH_STEPS, 0))

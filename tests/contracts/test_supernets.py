@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
-from supernet_entries import SUPERNETS, Entry, archs, same
+from supernet_entries import SUPERNETS
+from supernet_entry import Entry, archs, same
 from torch import Tensor, nn
 
 from nas.protocols import Supernet

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from supernet_entries import SUPERNETS, Entry, archs, resnet, same
+from supernet_entries import SUPERNETS, resnet
+from supernet_entry import Entry, archs, same
 from torch import fx
 
 from nas.build import adopt
@@ -223,7 +224,8 @@ print(json.dumps({"isolated": sys.flags.isolated, "ours": ours}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("id", ["cifar20-tied", "cifar20-tas", "preresnet20", "topology", "sizes", "nasnet", "vit"])
+@pytest.mark.parametrize("id", ["cifar20-tied", "cifar20-tas", "preresnet20", "topology", "sizes", "nasnet", "conv-macro",
+                                "vit"])  # fmt: skip
 def test_a_bundle_loads_where_only_torch_is_installed(id: str, tmp_path: Path) -> None:
     (entry,) = (entry for entry in SUPERNETS if entry.id == id)
     net, inherit = entry.net().float(), entry.inherits == "all"
@@ -232,9 +234,10 @@ def test_a_bundle_loads_where_only_torch_is_installed(id: str, tmp_path: Path) -
     if inherit:
         install(net, recalibrate(net, [arch], [x])[0])
     graph = extract(net.eval(), arch, x, inherit=inherit)
-    costs = {"macs": CostTable(net, (8, 8), macs).of(arch), "params": CostTable(net, (8, 8), params).of(arch)}
+    side = (entry.size, entry.size)
+    costs = {"macs": CostTable(net, side, macs).of(arch), "params": CostTable(net, side, params).of(arch)}
     report = prove(graph, x, {name: int(cost) for name, cost in costs.items()}, net(x, arch).detach() if inherit else None)
-    file = ArchFile.of(space, arch, input=(3, 8, 8), classes=tuple("abcde"), costs=costs,
+    file = ArchFile.of(space, arch, input=(3, *side), classes=tuple("abcde"), costs=costs,
                        preprocess={"mean": [0.5] * 3, "std": [0.2] * 3, "channels": "RGB"})
     out = write_bundle(tmp_path / "bundle", graph, file, report, x, space=space)
     torch.save(x, tmp_path / "x.pt")

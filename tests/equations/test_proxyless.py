@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nas.bilevel import Alphas, Weights
 from nas.cost import Budget, CostTable
 from nas.engine import moment
+from nas.latency import Row, write_latency
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Draw, Setup, Supernet
 from nas.strategies.proxyless import Proxyless
@@ -104,8 +106,9 @@ def draws() -> Draw:
 class Hand:
     """The same steps, written out: every operation runs, weighted by a gate that is a leaf."""
 
-    def __init__(self, strategy: Proxyless, price: str, R: float) -> None:
+    def __init__(self, strategy: Proxyless, price: str, R: float, costs: Tensor, fixed: float) -> None:
         self.s, self.price, self.R, self.zero_rests = strategy, price, R, strategy.zero_rests
+        self.costs, self.fixed = costs, fixed
         self.u = torch.stack([p.detach().clone() for p in (*strategy.net.u, strategy.net.c)])
         self.a = strategy.alpha.logits["4"].detach().clone()
         self.buffer, self.m, self.v = torch.zeros(10).double(), torch.zeros(3, 4).double(), torch.zeros(3, 4).double()
@@ -144,14 +147,14 @@ class Hand:
             p[e, at] = self.a[e, at].exp() / self.a[e, at].exp().sum()
             for j in at:
                 G[e, j] = next(found)
-        s, E = self.s, 16.0 + (p * COSTS).sum()
+        s, costs, E = self.s, self.costs, self.fixed + (p * self.costs).sum()
         if self.price == "mul_log":
             factor = s.cost_a * (E.log() / math.log(self.R)) ** s.cost_b
-            G = factor * G + L.detach() * factor * s.cost_b / (E * E.log()) * COSTS
+            G = factor * G + L.detach() * factor * s.cost_b / (E * E.log()) * costs
         elif self.price == "add_linear":
-            G = G + s.cost_c * COSTS / self.R
+            G = G + s.cost_c * costs / self.R
         elif self.price == "budget":
-            G = G + torch.sign(E - self.R) * COSTS / E
+            G = G + torch.sign(E - self.R) * costs / E
         da = torch.zeros(3, 4).double()
         for e, (at, i) in enumerate(drawn):
             for k in at:
@@ -198,10 +201,14 @@ def numbered(gates: Mapping[str, Any]) -> list[tuple[list[int], int]]:
     return [([OPTIONS.index(o) for o in s.options], OPTIONS.index(s.options[s.weights.argmax()])) for s in gates.values()]
 
 
-def check(mutate: Mutation = lambda strategy, draw: draw, seed: int = SEED, price: str = "", **given: Any) -> None:
-    """Six steps in three epochs. AssertionError, saying WRONG, where anything differs."""
+def check(
+    mutate: Mutation = lambda strategy, draw: draw, seed: int = SEED, price: str = "",
+    costs: tuple[float, Tensor, float] = (35.0, COSTS, 16.0), **given: Any,
+) -> None:  # fmt: skip
+    """Six steps in three epochs. AssertionError, saying WRONG, where anything differs. ``costs``: the target, what the options
+    of an edge cost, and what is fixed."""
     strategy, twin = started(**given), draws()
-    hand, (paths, gates) = Hand(strategy, price, 35.0), listened(strategy)
+    hand, (paths, gates) = Hand(strategy, price, *costs), listened(strategy)
     draw = mutate(strategy, draws())
     for step in range(STEPS):
         metrics = strategy.update(draw, moment(step, STEPS, EPOCH_STEPS, seed))
@@ -234,6 +241,20 @@ CASES: dict[str, dict[str, Any]] = {
 def test_six_steps_are_those_of_the_full_graph(case: str, mode: str, seed: int) -> None:
     assert isinstance(Edges(), Supernet)
     check(mode=mode, seed=seed, **CASES[case])
+
+
+@pytest.mark.parametrize("mode", ["full_v2", "two"])
+@pytest.mark.parametrize("kind", ["mul_log", "budget"])
+def test_six_steps_at_the_milliseconds_of_a_table(kind: str, mode: str, tmp_path: Path) -> None:
+    """A price that is no count of multiply-adds: the operation with more of them is the cheaper one."""
+    ms = {"small": 0.45, "wide": 0.3, "large": 0.8}
+    rows = [Row("conv", Shape(1, 1, KERNELS[option]), ms[option]) for option in KERNELS]
+    write_latency(tmp_path / "ms.csv", [*rows, Row("conv", Shape(1, 1, (4, 4)), 2.0)])
+    budget = Budget(3.8, price=str(tmp_path / "ms.csv"))
+    costs = 3.8, torch.tensor([0.0, 0.45, 0.3, 0.8], dtype=torch.float64), 2.0
+    check(price=kind, mode=mode, costs=costs, budget=budget, cost_loss=kind, cost_a=0.7, cost_b=0.3)
+    with pytest.raises(AssertionError, match=WRONG):
+        check(price=kind, mode=mode, costs=(3.8, COSTS / 10, 2.0), budget=budget, cost_loss=kind, cost_a=0.7, cost_b=0.3)
 
 
 # -- mutants ------------------------------------------------------------------------------------------------------------

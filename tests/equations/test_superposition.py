@@ -220,6 +220,26 @@ def test_7_kernels() -> None:
         assert float(m[y, x]) == pytest.approx((1.0, 1.0, 0.8, 0.3)[ring], abs=1e-15)
 
 
+def test_8_gradients_of_a_shared_choice_are_the_loops() -> None:
+    """embed x embed through a layer: values, and gradients to W, the bias, the input and the weights of every candidate."""
+    leaf, x, found = SuperposedLinear(SPACE, (Segment(embed, 240),), Segment(embed, 240)).double(), numbers(3, 240), []
+    assert leaf.bias is not None
+    for literal in (False, True):
+        leaf.zero_grad(set_to_none=True)
+        arch, given = soft(), x.clone().requires_grad_()
+        (v,) = weights(arch, "embed")
+        if literal:
+            padded = [(F.pad(leaf.weight[:e, :e], (0, 240 - e, 0, 240 - e)), F.pad(leaf.bias[:e], (0, 240 - e))) for e in EMBED]
+            weight, shift = (torch.stack([w * own[part] for w, own in zip(v, padded)]).sum(0) for part in (0, 1))
+            y = F.linear(given, weight, shift)
+        else:
+            y = leaf(given, arch)
+        (y * numbers(*y.shape, seed=1)).sum().backward()
+        found.append([y, leaf.weight.grad, leaf.bias.grad, given.grad, v.grad])
+    for mine, theirs in zip(*found):
+        assert mine is not None and theirs is not None and close(mine, theirs)
+
+
 @torch.no_grad()
 def test_8_a_shared_choice_is_drawn_once() -> None:
     """The entry depends on max(o, q) alone; the product of both sides, which would draw it twice, does not."""

@@ -5,6 +5,8 @@ are not on the page either) are unverified, and so no threshold; a test says onl
 """
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from nas.bundle import counted
 from nas.cost import CostTable, macs, params
-from search_spaces.space import Arch
+from search_spaces.space import Arch, Mixture, Setting
 from search_spaces.vit import AutoFormer, ViT
 from supernets.extract import extract
 from supernets.vit import ViT as Net
@@ -67,6 +69,28 @@ def test_a_mixed_network_is_counted_as_predicted() -> None:
         x = torch.zeros(2, 1, 8, 8)
         assert (CostTable(net, (8, 8), params).of(arch), CostTable(net, (8, 8), macs).of(arch)) == expected
         assert counted(extract(net, arch, x), x) == expected[::-1]
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_mixture_of_everything_costs_what_its_networks_do_on_average(relative: bool) -> None:
+    """Full enumeration: 3 x 2 x (2 x 3)^2 architectures, each by the formula, times its probability under the mixtures."""
+    space = ViT([6, 8, 11], [1, 2], [1, 3], [1, 1.5, 2], 4, 2, 8, relative)
+    net, generator = build(space, 3, 5), torch.Generator().manual_seed(0)
+    soft: dict[str, Setting] = {
+        c.name: Mixture(c.options, torch.rand(len(c.options), generator=generator, dtype=torch.float64).softmax(0))
+        for c in space.choices
+    }  # fmt: skip
+    names = [c.name for c in space.choices]
+    expected, whole = [0.0, 0.0], 0.0
+    for picked in itertools.product(*(zip(c.options, soft[c.name].weights.tolist()) for c in space.choices)):  # type: ignore[union-attr]
+        arch: Arch = {name: value for name, (value, _) in zip(names, picked)}
+        p = math.prod(weight for _, weight in picked)
+        layers = [(int(arch[f"layer{i}.heads"]), float(arch[f"layer{i}.ratio"])) for i in range(int(arch["depth"]))]
+        costs = formula(int(arch["embed"]), layers, 8, 2, 3, 5, d=4, relative=relative)
+        expected, whole = [total + p * cost for total, cost in zip(expected, costs)], whole + p
+    assert whole == pytest.approx(1.0, rel=1e-12)
+    found = [float(CostTable(net, (8, 8), price).expected(soft)) for price in (params, macs)]
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.slow

@@ -306,14 +306,14 @@ def test_drop_path_by_time_alone_is_equal_in_all_layers() -> None:
         form = training_form(net, {**net.space.largest(), "depth": 2}, x, head=False, by_depth=by_depth)
         drops = [module for module in form.network.modules() if isinstance(module, DropPath)]
         assert [module.share for module in drops] == shares
-        kept: list[float] = []
+        seen: list[Tensor] = []
         for module in drops:
-            module.register_forward_hook(lambda module, given, y: kept.append(float((y != 0).flatten(1).any(1).double().mean())))
+            module.register_forward_hook(lambda module, given, y, seen=seen: seen.append(y))  # type: ignore[misc]
         torch.manual_seed(0)
         form(x, 1 - 1e-12)
-        first, second = kept[:2], kept[2:]  # attention and MLP of each layer
-        assert first == ([1.0, 1.0] if by_depth else [0.0, 0.0])
-        assert all(0.25 < share < 0.75 for share in second) if by_depth else second == [0.0, 0.0]
+        kept = [float((y != 0).flatten(1).any(1).double().mean()) for y in seen]  # of each layer the attention and the MLP
+        assert kept[:2] == ([1.0, 1.0] if by_depth else [0.0, 0.0])
+        assert all(0.25 < share < 0.75 for share in kept[2:]) if by_depth else kept[2:] == [0.0, 0.0]
 
 
 def test_images_of_another_size_are_refused() -> None:
