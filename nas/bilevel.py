@@ -90,8 +90,11 @@ class Alphas:
                              "Allowed: 0 or more.")  # fmt: skip
 
     def alpha(self, setup: Setup) -> Alpha:
-        """Fresh logits for the space of ``setup``, where its net is."""
+        """Fresh logits for the space of ``setup``, where its net is. ValueError where they would wait for all of the run."""
         assert setup.space is not None
+        if self.warmup_epochs and self.warmup_epochs * setup.epoch_steps >= setup.steps:
+            raise ValueError(f"alphas: warmup_epochs = {self.warmup_epochs} are the whole run of "
+                             f"{setup.steps // setup.epoch_steps} epochs, so nothing would be searched. Allowed: less.")
         return Alpha(setup.space, self.std).to(next(setup.net.parameters()).device)
 
     def descent(self, alpha: nn.Module) -> Descent:

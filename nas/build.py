@@ -24,7 +24,7 @@ from nas.data import Data
 from nas.engine import seed_from
 from nas.losses import CrossEntropy
 from nas.precision import in_precision
-from nas.protocols import Setup, Strategy
+from nas.protocols import Setup, Strategy, Supernet
 from nas.recipe import UsageError, build
 from search_spaces.arch import ArchFile, space_of
 from search_spaces.space import Arch, SearchSpace
@@ -125,13 +125,26 @@ def assemble(config: Namespace) -> Built:
         device = torch.device("cuda", group.local_rank)
     data = data_of(config, group)
     space = restricted(build(config.space), config.restrict)
-    net = build(config.supernet, space=space, channels=data.shape[0], classes=len(data.classes))
+    net = supernet_of(config, space, data)
     net.reset(torch.Generator().manual_seed(seed_from(config.seed, "weights")))
     if config.init:
         adopt(net, space.root.largest(), load_weights(config.init), torch.zeros(2, *data.shape))
     net = in_precision(net.to(device), config.precision, config.channels_last)
     return gather(data, net, build(config.strategy), loss_of(config), epochs=config.epochs, seed=config.seed, device=device,
                   group=group)  # fmt: skip
+
+
+def supernet_of(config: Namespace, space: SearchSpace, data: Data) -> Any:
+    """The supernet that ``config`` names, for ``space``. UsageError where it is for another kind of space, or none at all."""
+    words = (f"supernet {config.supernet['class_path']} is not for the space {space.name}. "
+             f"The supernets of search_spaces.{space.name} are in supernets.{space.name.partition('.')[0]}.")
+    try:
+        net = build(config.supernet, space=space, channels=data.shape[0], classes=len(data.classes))
+    except (AttributeError, KeyError, TypeError) as error:  # what a class says of a space that it does not know
+        raise UsageError(f"{words} ({type(error).__name__}: {error})") from error
+    if not isinstance(net, Supernet):
+        raise UsageError(words)
+    return net
 
 
 def gather(

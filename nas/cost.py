@@ -24,6 +24,8 @@ from supernets.layers import Layer, Shape
 Price = Callable[[str, Shape], "int | float"]
 Rule = Callable[[Mapping[str, Sequence[float]]], Arch]
 """Probabilities of the options -> the architecture that is derived from them."""
+EXACT = 20_000
+"""A space of at most so many architectures is searched whole for what meets a budget."""
 Terms = dict[tuple[str, ...], np.ndarray]
 
 
@@ -342,11 +344,15 @@ class Budget:
 
         with the m nearest to 0 whose derived architecture fits. Where the cost jumps over the budget there, one choice more is
         decided for another option (at m, then around it): the most probable of what then fits. ``rule(probabilities)``
-        itself where it fits, or nothing that was tried does.
+        itself where it fits. A space of at most ``EXACT`` architectures is searched whole instead. Where nothing fits, what
+        comes nearest to R.
         """
         arch = rule(probabilities)
         if self.fits(arch):
             return arch
+        exact = self._of_all(probabilities, rule)
+        if exact is not None:
+            return exact
         tilted = self._tilted(probabilities)
         sign = 1.0 if self.table.of(arch) > self.R else -1.0
 
@@ -362,11 +368,39 @@ class Budget:
             candidate = rule(tilted(sign * middle))
             low, high = (middle, high) if short(candidate) else (low, middle)
         nearby = [sign * low, *(sign * high * 2.0**k for k in (0, -1, 1, -2, 2, -3, 3))]
+        nearest = arch
         for candidates in ([rule(tilted(sign * high))], *(map(rule, self._one_decided(tilted(m))) for m in nearby)):
-            fitting = [candidate for candidate in candidates if self.fits(candidate)]
+            tried = list(candidates)
+            fitting = [candidate for candidate in tried if self.fits(candidate)]
             if fitting:
                 return max(fitting, key=lambda found: self._odds(found, probabilities))
-        return arch
+            nearest = min([nearest, *tried], key=lambda found: abs(self.table.of(found) - self.R))
+        return nearest
+
+    def _of_all(self, probabilities: Mapping[str, Sequence[float]], rule: Rule) -> Arch | None:
+        """``derive`` by looking at every architecture that ``rule`` leaves as it is; None where they are too many."""
+        space, names = self.space, [name for name in self.space.free if name in probabilities]
+        if math.prod(len(space[name].options) for name in names) > EXACT:
+            return None
+        column = {choice.name: i for i, choice in enumerate(space.root.choices)}
+        axes = [[space.root[name].options.index(option) for option in space[name].options] for name in names]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(names))
+        codes = np.repeat(space.encode([space.smallest()]), len(grid), axis=0)
+        codes[:, [column[name] for name in names]] = grid
+        for name, tie in space.ties.items():
+            follows = [space.root[name].options.index(tie.values[option]) if option in tie.values else 0
+                       for option in space.root[tie.leader].options]  # fmt: skip
+            codes[:, column[name]] = np.array(follows)[codes[:, column[tie.leader]]]
+        cost = self.table.batch(codes).astype(float)
+        odds = sum(np.log(np.maximum(probabilities[name], 1e-300))[grid[:, i]] for i, name in enumerate(names))
+        slack = self.tolerance * self.R
+        short = (cost > self.R + slack) | ((cost < self.R - slack) if self.side == "both" else False)
+        for i in np.lexsort((-odds, np.where(short, np.abs(cost - self.R), 0.0))):
+            arch = space.decode(codes[i : i + 1])[0]
+            certain = {name: [float(option == arch[name]) for option in space.root[name].options] for name in probabilities}
+            if rule(certain) == arch:
+                return arch
+        return None
 
     def _one_decided(self, p: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Sequence[float]]]:
         """``p`` with one choice decided, for each open choice and each option that it may take."""

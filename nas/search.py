@@ -35,6 +35,7 @@ from nas.report import against_budget, report, write_whole
 from nas.run import Run
 from search_spaces.arch import ArchFile, read_arch, write_arch
 from search_spaces.space import Arch
+from supernets.elastic import Normalise
 from supernets.extract import extract
 
 _log = logging.getLogger("nas")
@@ -174,11 +175,12 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
         _write(built, best, config, folder / "arch-best.json")
     _report(built, picks, config, folder, chosen)
     full = built.prices(built.space.root.largest())
+    norms = ", recalibrated batch norm" if any(isinstance(module, Normalise) for module in built.net.modules()) else ""
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
-              "in the supernet's weights, recalibrated batch norm", f"{file.costs['macs']:,}",
+              "in the supernet's weights%s", f"{file.costs['macs']:,}",
               100 * file.costs["macs"] / full["macs"], f"{file.costs['params']:,}",
               100 * file.costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
-              chosen["metric"]["n"])  # fmt: skip
+              chosen["metric"]["n"], norms)  # fmt: skip
     if built.budget is not None:
         _log.info("%s", against_budget(built.budget, chosen["arch"]))
     return chosen

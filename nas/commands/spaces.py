@@ -23,7 +23,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("name", nargs="?", default=None, help="for instance resnet.CifarResNet; none: the list")
     parser.add_argument("--args", type=dict[str, Any], default={}, help="its arguments: {depth: 56, kind: tas}")
     parser.add_argument("--restrict", type=dict[str, Any], default={}, help="pattern -> options, largest or smallest")
-    parser.add_argument("--input", type=list[int], default=[3, 32, 32], help="channels, height, width of an image")
+    parser.add_argument("--input", type=list[int], default=None,
+                        help="channels, height, width of an image; else the size that the space is for, or [3,32,32]")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--macs", type=str | None, default=None, help="is this budget reachable? 55%% or a number")
     parser.add_argument("--json", action="store_true")
@@ -45,9 +46,13 @@ def run(argv: Sequence[str]) -> int:
     if config.name not in known:
         near = difflib.get_close_matches(config.name, known, n=1, cutoff=0.0)[0]
         raise UsageError(f"space {config.name!r} is not known. Allowed: {', '.join(known)}. Nearest: {near}.")
+    space = make(known[config.name], config.args)
+    if config.input is None:
+        side = getattr(space, "image", 32)
+        config.input = [3, side, side]
     if len(config.input) != 3 or min(config.input) < 1:
         raise UsageError(f"--input {config.input} is no image. Allowed: [channels, height, width], for instance [3,32,32].")
-    figures = describe(make(known[config.name], config.args), config)
+    figures = describe(space, config)
     if config.json:
         print(json.dumps(figures))
     else:

@@ -163,6 +163,15 @@ CASES: dict[str, tuple[Words, list[str]]] = {
     "strategy no path": (search("--strategy", "TAS"), ["strategy = TAS is not a class", "module.Class"]),
     "strategy none": (recipe("strategy: 3\n"), ["strategy = 3 is not a Strategy"]),
     "supernet alien": (search("--supernet", "torch.nn.Linear"), ["torch.nn.Linear needs in_features"]),
+    "supernet of another space": (
+        search("--supernet", "supernets.nats.Topology"),
+        ["supernets.nats.Topology is not for the space resnet.CifarResNet", "are in supernets.resnet"],
+    ),
+    "supernet that is none": (search("--supernet", "torch.nn.Identity"), ["torch.nn.Identity is not for the space"]),
+    "alphas that never learn": (
+        verb("search", "gdas-nb201-digits", "--epochs", "3", "--strategy.alphas.warmup_epochs", "3", "--out", "x"),
+        ["warmup_epochs = 3 are the whole run of 3 epochs", "Allowed: less"],
+    ),
     # spaces and budgets
     "depth": (search("--space.depth", "21"), ["depth = 21", "Allowed: 8, 14, 20", "Nearest: 20"]),
     "option": (search("--restrict", '{"stage1.width": [40]}'), ["stage1.width = 40", "Allowed: 1, 2, 3", "Nearest: 6"]),

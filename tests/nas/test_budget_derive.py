@@ -12,9 +12,11 @@ import torch
 from nas.alpha import Alpha
 from nas.cost import Budget, CostTable
 from search_spaces.darts import Cells as CellSpace
+from search_spaces.nats import Topology as TopologySpace
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import Arch, SearchSpace
 from supernets.darts import Cells as CellNet
+from supernets.nats import Topology as TopologyNet
 from supernets.resnet import ResNet
 
 SPACE = CifarResNet(8, "tied")
@@ -108,3 +110,27 @@ def test_a_budget_that_no_derived_cell_meets_is_refused_and_the_others_are_met()
             arch = derived(budget, space, alpha)
             space.genotype(arch)  # still two inputs a node
             assert budget.fits(arch)
+
+
+@pytest.mark.parametrize("side", ["both", "at_most"])
+@pytest.mark.parametrize("target", ["24%", "40%", "70%"])
+def test_a_small_space_is_searched_whole(target: str, side: str) -> None:
+    """Cells of NAS-Bench-201: the most probable of all that fit, or the nearest where none does (24%: between two costs)."""
+    space = TopologySpace(C=4, N=1)
+    costs = CostTable(TopologyNet(space, 1, 10), (8, 8))
+    budget = Budget(target, side=side, tolerance=0.005)
+    budget.start(costs, space)
+    archs = [dict(zip((c.name for c in space.choices), ops)) for ops in itertools.product(*(c.options for c in space.choices))]
+    prices = dict(zip(range(len(archs)), costs.batch(space.encode(archs)).tolist()))
+    fitting = [i for i, cost in prices.items() if budget.fits(archs[i])] if target != "24%" else []
+    for seed in range(3):
+        alpha = believed(space, 1.0, seed)
+        p, arch = alpha.probabilities(), derived(budget, space, alpha)
+        if budget.fits(alpha.architecture()):
+            assert arch == alpha.architecture()
+        elif fitting:
+            assert budget.fits(arch)
+            assert odds(space, p, arch) == pytest.approx(max(odds(space, p, archs[i]) for i in fitting))
+        else:
+            gap = min(abs(cost - budget.R) for cost in prices.values())
+            assert budget.fits(arch) or abs(costs.of(arch) - budget.R) == gap
