@@ -14,7 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Adam, Optimizer
 
 from nas.alpha import Alpha
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.descent import Descent, Schedule, cosine
 from nas.optimizers import optimizer
 from nas.protocols import Moment, Setup

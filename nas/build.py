@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 from nas import ranks
-from nas.cost import PRICES, Budget, CostTable
+from nas.budget import Budget
+from nas.cost import PRICES, CostTable
 from nas.data import Data
 from nas.engine import seed_from
 from nas.losses import CrossEntropy

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.budget import Budget, figure
 from nas.build import Built
-from nas.cost import PRICES, Budget, figure
+from nas.cost import PRICES
 from nas.picks import Picks
 from search_spaces.space import Value
 

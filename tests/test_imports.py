@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("search_spaces", "supernets", "nas")
 OURS = (*PACKAGES, "tests")
-STRATEGY_MAY = ("nas.alpha", "nas.bilevel", "nas.cost", "nas.descent", "nas.losses", "nas.optimizers", "nas.protocols",
-                "nas.scales", "search_spaces", "torch")  # fmt: skip
+STRATEGY_MAY = ("nas.alpha", "nas.bilevel", "nas.budget", "nas.cost", "nas.descent", "nas.losses", "nas.optimizers",
+                "nas.protocols", "nas.scales", "search_spaces", "torch")  # fmt: skip
 
 
 def imported(module: str, source: str, package: bool = False) -> Iterator[str]:

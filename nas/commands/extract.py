@@ -15,8 +15,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from nas import checkpoint
+from nas.budget import budget
 from nas.build import Built, assemble
-from nas.cost import budget
 from nas.engine import seed_from
 from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
 from nas.search import bundle

@@ -12,8 +12,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import search_spaces
+from nas.budget import budget
 from nas.build import restricted
-from nas.cost import PRICES, CostTable, budget
+from nas.cost import PRICES, CostTable
 from nas.recipe import UsageError, parse
 from search_spaces.space import SearchSpace
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from nas.bilevel import Alphas, Weights, space_and_costs
-from nas.cost import Budget
+from nas.budget import Budget
 from nas.losses import top1
 from nas.protocols import Batch, Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value

@@ -22,7 +22,7 @@ With a ``budget``, E is the expected cost under p (in ``two``: of each pair) at 
     (5) mul_log     L = cost_a L_val (log E / log R)^cost_b
     (6) add_linear  L = L_val + cost_c (E - R) / R
 
-Both always pull downwards; "budget" is the house's own term (nas.cost.Budget), which can hold E at R.
+Both always pull downwards; "budget" is the house's own term (nas.budget.Budget), which can hold E at R.
 
 Rules as in the released code (shared page single-path.md). There operations that are not drawn get no weight decay either
 (``weights.idle``: skip), and where the drawn option is zero, the choice learns nothing (``zero_rests``). Adam's moments of such
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.bilevel import Alphas, Weights, space_and_costs
-from nas.cost import Budget
+from nas.budget import Budget
 from nas.losses import top1
 from nas.protocols import Batch, Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Mixture, SearchSpace, Setting, Value

@@ -31,7 +31,7 @@ from torch.nn.utils import get_total_norm
 
 from nas.alpha import Alpha
 from nas.bilevel import Alphas, Weights, space_and_costs
-from nas.cost import Budget
+from nas.budget import Budget
 from nas.losses import top1
 from nas.protocols import Batch, Draw, Metrics, Moment, Setup
 from nas.scales import Scales

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nas.bilevel import Alphas, Weights, space_and_costs, temperature
-from nas.cost import Budget
+from nas.budget import Budget
 from nas.losses import top1
 from nas.protocols import Batch, Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value

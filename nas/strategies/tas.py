@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nas.alpha import Alpha
-from nas.cost import budget
+from nas.budget import budget
 from nas.descent import Descent, cosine_per_epoch
 from nas.losses import top1
 from nas.protocols import Draw, Metrics, Moment, Setup

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.bilevel import Alphas
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.data import Data
 from nas.descent import Descent
 from nas.engine import moment, seed_from

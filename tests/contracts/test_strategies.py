@@ -33,7 +33,7 @@ from strategy_entries import (
 
 from nas import checkpoint
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget
+from nas.budget import Budget
 from nas.descent import Descent
 from nas.engine import moment
 from nas.losses import CrossEntropy

@@ -9,8 +9,9 @@ import pytest
 import torch
 from cli import DATA, SPACE, nas, ok
 
+from nas.budget import Budget
 from nas.commands.latency import doubt
-from nas.cost import Budget, CostTable
+from nas.cost import CostTable
 from nas.latency import read_latency
 from search_spaces.resnet import CifarResNet
 from supernets.layers import Shape

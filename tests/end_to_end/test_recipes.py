@@ -8,9 +8,10 @@ import torch
 import yaml
 from cli import SEARCH, ok
 
+from nas.budget import budget
 from nas.build import restricted
 from nas.commands.retrain import base_of
-from nas.cost import CostTable, budget
+from nas.cost import CostTable
 from nas.recipe import SHIPPED, build, find, option, parse, plain_config, read, retrain_parser, search_parser
 from nas.strategies.plain import Plain
 from nas.strategies.tas import TAS

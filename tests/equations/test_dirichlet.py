@@ -20,7 +20,8 @@ from torch.distributions import Dirichlet, kl_divergence
 from nas import checkpoint
 from nas.alpha import Alpha
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Setup

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nas import ranks
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.data import Data
 from nas.feed import Feed
 from nas.losses import CrossEntropy

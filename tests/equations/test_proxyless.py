@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.latency import Row, write_latency
 from nas.losses import CrossEntropy

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from nas.alpha import Alpha
 from nas.bilevel import Alphas
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Setup

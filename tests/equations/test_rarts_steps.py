@@ -14,7 +14,8 @@ from test_darts_steps import EPOCH_STEPS, EPOCHS, SEED, STEPS, WRONG, Edges, dra
 from torch import Tensor
 
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Setup

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.bilevel import Alphas, Weights, temperature
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Draw, Setup, Supernet

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from nas import simplex
 from nas.bilevel import Alphas, Weights
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Setup

@@ -19,7 +19,8 @@ from torch.optim import Adam
 
 from nas import checkpoint
 from nas.alpha import Alpha
-from nas.cost import Budget, CostTable, log_ratio, params
+from nas.budget import Budget, log_ratio
+from nas.cost import CostTable, params
 from nas.descent import Descent
 from nas.losses import CrossEntropy
 from nas.protocols import Setup

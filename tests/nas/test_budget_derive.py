@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nas.alpha import Alpha
-from nas.cost import Budget, CostTable
+from nas.budget import Budget
+from nas.cost import CostTable
 from search_spaces.darts import Cells as CellSpace
 from search_spaces.nats import Topology as TopologySpace
 from search_spaces.resnet import CifarResNet

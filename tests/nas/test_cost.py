@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nas.cost import CostTable, activations, budget, macs, params
+from nas.budget import budget
+from nas.cost import CostTable, activations, macs, params
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.space import Arch, Mixture, SearchSpace, Setting
 from supernets.layers import VIEWS, Layer, Shape

@@ -13,8 +13,9 @@ from pytest import approx
 from torch import nn
 
 from nas import latency
-from nas.cost import Budget, CostTable, macs, params
-from nas.cost import budget as cost_budget
+from nas.budget import Budget
+from nas.budget import budget as cost_budget
+from nas.cost import CostTable, macs, params
 from nas.latency import COLUMNS, OPS, ROUNDS, WARM_UP, Row, measure, milliseconds, plain_layer, read_latency, write_latency
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import Mixture
