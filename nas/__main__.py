@@ -18,9 +18,10 @@ from nas import __version__
 VERBS = {
     "spaces": "what can be searched: choices, size, costs; is a budget reachable?",
     "search": "train a supernet by a recipe's strategy and pick an architecture: arch.json",
+    "select": "pick for another budget from the same run, without training",
     "extract": "turn an architecture into a plain network: a bundle",
     "retrain": "train a bundle's network, alone or with a teacher",
-    "evaluate": "accuracy of a bundle, overall and per class",
+    "evaluate": "accuracy of a bundle, overall and per class; of subnets of a run",
     "rank": "how well a run's accuracies rank architectures of known accuracy",
     "latency": "the time of every layer shape of a supernet, as a table for budgets",
     "predict": "class names for images",

@@ -43,12 +43,13 @@ class Beside(NamedTuple):
     networks: int = 0
     weights: Weights | None = None
 
-    def length(self, built: Built) -> int:
-        """Steps of each network. ValueError for a number of networks that is negative or more than the steps there are."""
-        passes = built.setup.steps * built.strategy.passes()
+    def length(self, built: Built, strategy: Strategy) -> int:
+        """Steps of each network beside a started ``strategy``. ValueError for a number of networks that is negative or more
+        than the steps there are."""
+        passes = round(built.setup.steps * strategy.passes())
         if not 0 <= self.networks <= passes:
             raise ValueError(f"beside.random = {self.networks} networks. Allowed: 0 (none) to {passes:,}, one for each pass of "
-                             f"the search ({built.setup.steps:,} steps of {built.strategy.passes()}).")  # fmt: skip
+                             f"the search ({built.setup.steps:,} steps of {strategy.passes():g}).")  # fmt: skip
         return passes // self.networks if self.networks else 0
 
 
@@ -91,7 +92,7 @@ def compare(
     Returns how it ended, and on the main rank, where it is done, what was found (``conclude``). ValueError where another
     comparison was begun there.
     """
-    length, weights = beside.length(built), beside.weights or _own(built.strategy)
+    length, weights = beside.length(built, built.strategy), beside.weights or _own(built.strategy)
     drawn, misses = draw(built, beside.networks, seed)
     net = copy.deepcopy(built.net)  # trained as it is: every network of Random begins with a reset
     setup = built.setup._replace(net=net, steps=length * (beside.networks + 1))
@@ -111,7 +112,7 @@ def compare(
         run.close()
     if not built.ranks.main or outcome.reason != "done":
         return outcome, None
-    passes = built.setup.steps * built.strategy.passes() * built.data.batch_size
+    passes = round(built.setup.steps * built.strategy.passes()) * built.data.batch_size
     return outcome, conclude(part, judge.rows, said, run.folder) | {"outside_budget": misses, "search_image_passes": passes}
 
 

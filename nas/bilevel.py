@@ -16,20 +16,27 @@ from torch.optim import Adam, Optimizer
 from nas.alpha import Alpha
 from nas.budget import Budget
 from nas.cost import CostTable
-from nas.descent import Descent, Schedule, cosine
+from nas.descent import Descent
 from nas.optimizers import optimizer
 from nas.protocols import Moment, Setup
+from nas.schedules import Schedule, cosine, exponential
 from search_spaces.space import Arch, SearchSpace
+
+SCHEDULES = ("cosine", "exponential")
 
 
 @dataclass
 class Weights:
     """The descent on the weights; the values of DARTS (arXiv 1806.09055, released code).
 
-    ``optimizer``: "sgd" (reads ``momentum``, ``nesterov``), "adam" or "adamw" (read ``betas``). The rate grows in equal steps
-    to ``lr`` over ``warmup_epochs``, then falls to ``lr_min`` along half a cosine, constant within an epoch where
-    ``per_epoch``. ``clip``: largest gradient norm, None for no clipping. ``idle``: what a weight that a step does not use
-    gets, "zeros" (its momentum and decay go on, as in the released codes) or "skip".
+    ``optimizer``: "sgd" (reads ``momentum``, ``nesterov``), "adam" or "adamw" (read ``betas``), or "rmsprop" (reads
+    ``momentum``, ``alpha``, ``eps``). The rate grows in equal steps to ``lr`` over ``warmup_epochs``, then falls, constant
+    within an epoch where ``per_epoch``. ``schedule``: "cosine", half of one, to ``lr_min`` at the end of the run, or
+    "exponential", times ``decay_rate`` every ``decay_epochs``, never below ``lr_min``. ``warmup_start``: a factor of ``lr``,
+    and another warm-up: the fall begins with the run, and a factor that grows from this one to 1 multiplies it (AttentiveNAS).
+    ``norm_decay``: whether norms and biases decay too. ``clip``: largest gradient norm, None for no clipping; ``clip_value``
+    instead of it: the largest size of one gradient's entry. ``idle``: what a weight that a step does not use gets, "zeros"
+    (its momentum and decay go on, as in the released codes) or "skip".
     """
 
     lr: float = 0.025
@@ -43,6 +50,14 @@ class Weights:
     optimizer: str = "sgd"
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: int = 0
+    warmup_start: float | None = None
+    schedule: str = "cosine"
+    decay_rate: float = 0.97
+    decay_epochs: float = 2.4
+    norm_decay: bool = True
+    clip_value: float | None = None
+    alpha: float = 0.9
+    eps: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr or self.lr == 0:
@@ -50,22 +65,41 @@ class Weights:
         self._optimizer()
         if self.warmup_epochs < 0:
             raise ValueError(f"weights: warmup_epochs = {self.warmup_epochs}. Allowed: 0 or more.")
+        if self.warmup_start is not None and not (0 <= self.warmup_start <= 1 and self.warmup_epochs):
+            raise ValueError(f"weights: warmup_start = {self.warmup_start}, warmup_epochs = {self.warmup_epochs}. Allowed: "
+                             "0 to 1 with a warm-up of 1 epoch or more, or null.")  # fmt: skip
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"weights: schedule = {self.schedule!r} is not known. Allowed: {', '.join(SCHEDULES)}.")
+        if not 0 < self.decay_rate <= 1 or not self.decay_epochs > 0:
+            raise ValueError(f"weights: decay_rate = {self.decay_rate}, decay_epochs = {self.decay_epochs}. Allowed: a rate "
+                             "above 0 up to 1, epochs above 0.")  # fmt: skip
+        if self.clip is not None and self.clip_value is not None:
+            raise ValueError(f"weights: clip = {self.clip}, clip_value = {self.clip_value}. Allowed: one of the two, the other "
+                             "null.")  # fmt: skip
 
     def descent(self, params: Iterable[nn.Parameter], setup: Setup) -> Descent:
         """Over ``params``, with a schedule as long as the run of ``setup``. ValueError where warming up takes all of it."""
-        return Descent(params, self._optimizer(), self._factor(setup), clip=self.clip, idle=self.idle)
+        return Descent(params, self._optimizer(), self.factor(setup), clip=self.clip, idle=self.idle,
+                       clip_value=self.clip_value)  # fmt: skip
 
     def _optimizer(self) -> Callable[[list[nn.Parameter]], Optimizer]:
         return optimizer(self.optimizer, self.lr, self.weight_decay, momentum=self.momentum, nesterov=self.nesterov,
-                         betas=self.betas)  # fmt: skip
+                         betas=self.betas, alpha=self.alpha, eps=self.eps, norm_decay=self.norm_decay)  # fmt: skip
 
-    def _factor(self, setup: Setup) -> Schedule:
+    def factor(self, setup: Setup) -> Schedule:
         """Of the learning rate, at every step."""
-        length, warmup = setup.epoch_steps if self.per_epoch else 1, self.warmup_epochs * setup.epoch_steps
+        length, start = setup.epoch_steps if self.per_epoch else 1, self.warmup_start
+        warmup = self.warmup_epochs * setup.epoch_steps
         if warmup and warmup >= setup.steps:
             raise ValueError(f"weights: warmup_epochs = {self.warmup_epochs} are the whole run ({setup.steps:,} steps of "
                              f"{setup.epoch_steps:,} an epoch). Allowed: less.")  # fmt: skip
-        fall = cosine(max((setup.steps - warmup) // length, 1), floor=self.lr_min / self.lr)
+        before, floor = warmup if start is None else 0, self.lr_min / self.lr
+        if self.schedule == "cosine":
+            fall = cosine(max((setup.steps - before) // length, 1), floor=floor)
+        else:
+            fall = exponential(self.decay_epochs * setup.epoch_steps / length, self.decay_rate, floor)
+        if start is not None:
+            return lambda step: (start + (1 - start) * min(step / warmup, 1.0)) * fall(step // length)
         return lambda step: (step + 1) / warmup if step < warmup else fall((step - warmup) // length)
 
 

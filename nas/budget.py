@@ -19,6 +19,8 @@ Rule = Callable[[Mapping[str, Sequence[float]]], Arch]
 """Probabilities of the options -> the architecture that is derived from them."""
 EXACT = 20_000
 """A space of at most so many architectures is searched whole for what meets a budget."""
+UNITS = {"%": (1, 100), "k": (1000, 1), "M": (10**6, 1), "G": (10**9, 1)}
+"""What may stand behind a number: a factor and a divisor (35 / 100 is 0.35, 35 * 0.01 is not)."""
 
 
 def budget(amount: str | float, costs: CostTable, space: SearchSpace, name: str = "target") -> float:
@@ -27,7 +29,7 @@ def budget(amount: str | float, costs: CostTable, space: SearchSpace, name: str 
     Raises ValueError for what is neither, and for a budget outside the smallest and largest cost in ``space``.
     """
     full = costs.of(space.root.largest())
-    number, share = _amount(amount, name)
+    number, share = read_amount(amount, name)
     value = number * full if share else number
     low, high = costs.of(space.smallest()), costs.of(space.largest())
     if low > high:
@@ -44,13 +46,15 @@ def budget(amount: str | float, costs: CostTable, space: SearchSpace, name: str 
     return value
 
 
-def _amount(amount: str | float, name: str) -> tuple[float, bool]:
-    """"55%" -> (0.55, True), a share; a number -> (number, False). ValueError for what is neither."""
+def read_amount(amount: str | float, name: str) -> tuple[float, bool]:
+    """"55%" -> (0.55, True), a share; a number, also as "12M", -> (number, False). ValueError for what is neither."""
     text = str(amount).strip()
+    factor, divisor = UNITS.get(text[-1:], (1, 1))
     try:
-        return (float(text[:-1]) / 100, True) if text.endswith("%") else (float(text), False)
+        number = float(text[:-1] if text[-1:] in UNITS else text) * factor / divisor
     except ValueError:
-        raise ValueError(f"{name} = {amount!r} is not a budget. Allowed: a share such as 55%, or a number.") from None
+        raise ValueError(f"{name} = {amount!r} is not a budget. Allowed: a share (55%), or a number (12M).") from None
+    return number, text.endswith("%")
 
 
 def figure(cost: float) -> str:
@@ -93,7 +97,7 @@ class Budget:
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
-        _amount(self.target, "budget.target")
+        read_amount(self.target, "budget.target")
         if self.price not in PRICES and not self.price.endswith(".csv"):
             known = ", ".join(PRICES)
             raise ValueError(f"budget.price = {self.price!r} is not known. Allowed: {known}, or a latency table's path (.csv).")

@@ -6,8 +6,7 @@ import importlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,13 @@ from nas.budget import Budget
 from nas.cost import PRICES, CostTable
 from nas.data import Data
 from nas.engine import seed_from
+from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.precision import in_precision
-from nas.protocols import Setup, Strategy, Supernet
+from nas.protocols import Searcher, Setup, Strategy, Supernet
 from nas.recipe import UsageError, build
 from search_spaces.arch import ArchFile, space_of
+from search_spaces.patterns import restricted, tied
 from search_spaces.space import Arch, SearchSpace
 from supernets.elastic import Leaf
 from supernets.extract import TrainingForm, extract, training_form
@@ -35,7 +36,10 @@ from supernets.extract import TrainingForm, extract, training_form
 
 @dataclass
 class Built:
-    """Everything a search needs. ``net`` runs in the recipe's precision; ``costs`` are MACs of the derived view."""
+    """Everything a search needs. ``net`` runs in the recipe's precision; ``costs`` are MACs of the derived view.
+
+    ``searcher`` picks, within the limits of ``select``; None: the strategy derives.
+    """
 
     device: torch.device
     ranks: ranks.Ranks
@@ -46,6 +50,8 @@ class Built:
     strategy: Strategy
     loss: CrossEntropy
     setup: Setup
+    searcher: Searcher | None = None
+    select: Select = field(default_factory=Select)
 
     @property
     def budget(self) -> Budget | None:
@@ -90,29 +96,6 @@ def loss_of(config: Namespace) -> CrossEntropy:
     return CrossEntropy(**config.loss.as_dict())
 
 
-def restricted(space: SearchSpace, patterns: Mapping[str, Any]) -> SearchSpace:
-    """``space`` with every choice that a pattern matches restricted to its options, "largest" or "smallest".
-
-    Patterns are read in order. UsageError where one matches no choice.
-    """
-    for pattern, options in patterns.items():
-        names = [choice.name for choice in space.choices if fnmatchcase(choice.name, pattern)]
-        if not names:
-            raise UsageError(f"restrict: {pattern!r} matches no choice of {space.name}. Choices: {_some(space)}.")
-        if options in ("largest", "smallest"):
-            end = space.largest() if options == "largest" else space.smallest()
-            space = space.restrict({name: [end[name]] for name in names})
-        else:
-            values = options if isinstance(options, list | tuple) else [options]
-            space = space.restrict({name: values for name in names})
-    return space
-
-
-def _some(space: SearchSpace) -> str:
-    names = [choice.name for choice in space.choices]
-    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-
-
 def assemble(config: Namespace) -> Built:
     """Objects of a parsed search recipe. UsageError and ValueError in one line."""
     for key in ("space", "supernet", "strategy"):
@@ -125,14 +108,15 @@ def assemble(config: Namespace) -> Built:
     if device.type == "cuda" and group.world > 1:
         device = torch.device("cuda", group.local_rank)
     data = data_of(config, group)
-    space = restricted(build(config.space), config.restrict)
+    space = tied(restricted(build(config.space), config.restrict), config.tie)
     net = supernet_of(config, space, data)
     net.reset(torch.Generator().manual_seed(seed_from(config.seed, "weights")))
     if config.init:
         adopt(net, space.root.largest(), load_weights(config.init), torch.zeros(2, *data.shape))
     net = in_precision(net.to(device), config.precision, config.channels_last)
     return gather(data, net, build(config.strategy), loss_of(config), epochs=config.epochs, seed=config.seed, device=device,
-                  group=group)  # fmt: skip
+                  group=group, searcher=build(config.searcher) if config.searcher else None,
+                  select=Select(**config.select.as_dict()))  # fmt: skip
 
 
 def supernet_of(config: Namespace, space: SearchSpace, data: Data) -> Any:
@@ -150,13 +134,13 @@ def supernet_of(config: Namespace, space: SearchSpace, data: Data) -> Any:
 
 def gather(
     data: Data, net: Any, strategy: Strategy, loss: CrossEntropy, *, epochs: int, seed: int, device: torch.device,
-    group: ranks.Ranks,
+    group: ranks.Ranks, searcher: Searcher | None = None, select: Select | None = None,
 ) -> Built:  # fmt: skip
     """The parts of a search, with the cost table and the setup that follow from them. ValueError where data do not fit."""
     costs = CostTable(net, data.shape[1:])
     epoch_steps = data.feed(seed, device, group.rank, group.world).epoch_steps()
     setup = Setup(net, net.space, costs, loss, None, epochs * epoch_steps, epoch_steps, data.count("train"))
-    return Built(device, group, data, net.space, net, costs, strategy, loss, setup)
+    return Built(device, group, data, net.space, net, costs, strategy, loss, setup, searcher, select or Select())
 
 
 def load_weights(path: str) -> dict[str, torch.Tensor]:

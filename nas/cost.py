@@ -59,6 +59,7 @@ class CostTable:
         self._position = {name: i for i, name in enumerate(self._choices)}
         self.terms: Terms = self._tabulate()
         self._joint = self._merge(4096)
+        self._whole = all(np.issubdtype(table.dtype, np.integer) for _, _, table in self._joint)
         self._views: dict[str, CostTable] = {view: self}
         self._prepared: dict[tuple, list[tuple[Tensor, list[list[str]]]]] = {}
 
@@ -82,8 +83,7 @@ class CostTable:
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != len(self._choices):
             raise ValueError(f"codes have shape {codes.shape}; this space needs (N, {len(self._choices)})")
-        whole = all(np.issubdtype(table.dtype, np.integer) for _, _, table in self._joint)
-        total = np.zeros(len(codes), dtype=np.int64 if whole else np.float64)
+        total = np.zeros(len(codes), dtype=np.int64 if self._whole else np.float64)
         for start in range(0, len(codes), 32768):  # a chunk's columns stay in the cache
             columns = np.ascontiguousarray(codes[start : start + 32768].T, dtype=np.intp)
             part = total[start : start + 32768]

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,72 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nas import ranks
-
-Schedule = Callable[[int], float]
-
-
-def constant() -> Schedule:
-    """The base rate at every step."""
-    return lambda step: 1.0
-
-
-def linear(start: float, end: float, steps: int) -> Schedule:
-    """From ``start`` at step 0 to ``end`` at step ``steps`` and after."""
-    if steps < 1:
-        raise ValueError(f"linear: steps = {steps}. Allowed: 1 or more.")
-    return lambda step: start + (end - start) * min(step / steps, 1.0)
-
-
-def cosine(steps: int, floor: float = 0.0, warmup: int = 0) -> Schedule:
-    """``warmup`` steps of (step + 1) / warmup, then half a cosine from 1 to ``floor``, reached at step ``steps``."""
-    if not 0 <= warmup < steps:
-        raise ValueError(f"cosine: warmup = {warmup}, steps = {steps}. Allowed: 0 <= warmup < steps.")
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return floor + (1.0 - floor) * _half_cosine(step - warmup, steps - warmup)
-
-    return factor
-
-
-def cosine_per_epoch(epochs: int, epoch_steps: int, warmup_epochs: int = 0) -> Schedule:
-    """As ``cosine`` to 0, but constant within an epoch after the warm-up (TAS, arXiv 1905.09717, released code).
-
-    ``epochs`` counts the warm-up; the cosine ends with the run (T_max = epochs - warmup_epochs).
-    """
-    if not 0 <= warmup_epochs < epochs or epoch_steps < 1:
-        raise ValueError(
-            f"cosine_per_epoch: epochs = {epochs}, warmup_epochs = {warmup_epochs}, epoch_steps = {epoch_steps}. "
-            "Allowed: 0 <= warmup_epochs < epochs, epoch_steps of 1 or more."
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup_epochs * epoch_steps:
-            return (step + 1) / (warmup_epochs * epoch_steps)
-        return _half_cosine(step // epoch_steps - warmup_epochs, epochs - warmup_epochs)
-
-    return factor
-
-
-def _half_cosine(at: int, length: int) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * min(at / length, 1.0)))
+from nas.schedules import Schedule, constant
 
 
 class Descent:
-    """See the module. ``params``: trainable parameters. ``optimizer``: a list of parameters -> an Optimizer.
+    """See the module. ``params``: trainable parameters. ``optimizer``: a list of parameters -> an Optimizer of all of them, in
+    one group or several, whose rates keep their ratio to the first's.
 
     ``schedule``: steps taken so far -> factor of the optimizer's rates. ``clip``: the largest norm of all gradients
-    together. ``idle``: a parameter without a gradient is left alone ("skip"), or gets a zero gradient, so that its
-    momentum and weight decay go on ("zeros"). ``accumulate``: only every so-manieth ``step`` acts, each ``add`` counts
-    for its share. ``ema``: decay of the moving average of the parameters, 0 to 1,
-    which starts at their initial values.
-    ``norm``: gradient norm of the last step before clipping, () tensor; None unless ``clip`` is set or a step asks.
+    together; ``clip_value`` instead of it: the largest size of any one entry. ``idle``: a parameter without a gradient is
+    left alone ("skip"), or gets a zero gradient, so that its momentum and weight decay go on ("zeros"). ``accumulate``:
+    only every so-manieth ``step`` acts, each ``add`` counts for its share. ``ema``: decay of the moving average of the
+    parameters, 0 to 1, which starts at their initial values.
+    ``norm``: gradient norm of the last step before clipping, () tensor; None unless clipping is set or a step asks.
     """
 
     def __init__(
@@ -99,12 +50,14 @@ class Descent:
         idle: str = "skip",
         accumulate: int = 1,
         ema: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
         self.params = list(params)
-        _check(self.params, clip, idle, accumulate, ema)
+        _check(self.params, clip, clip_value, idle, accumulate, ema)
         self.schedule = schedule or constant()
-        self.clip, self.idle, self.accumulate, self.ema = clip, idle, accumulate, ema
+        self.clip, self.clip_value, self.idle, self.accumulate, self.ema = clip, clip_value, idle, accumulate, ema
         self.optimizer = optimizer(self.params)
+        _check_groups(self.params, self.optimizer)
         self.bases = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.count = 0  # steps taken
         self.calls = 0  # of step()
@@ -148,8 +101,10 @@ class Descent:
         self._use(self._averaged([p.grad for p in self.params]))
         if self.clip is not None:
             self.norm = clip_grad_norm_(self.params, self.clip)
-        elif norm:
+        elif norm or self.clip_value is not None:
             self.norm = get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if self.clip_value is not None:
+            clip_grad_value_(self.params, self.clip_value)
         self._move(self.rate)
         self.optimizer.zero_grad(set_to_none=True)
         self.count += 1
@@ -234,6 +189,11 @@ class Descent:
             for tensor in followers:
                 tensor.copy_(tensor.index_select(dim, order))
 
+    def forget(self) -> None:
+        """The optimizer's state (momentum, moments) as new; the schedule, pending gradients and the average go on."""
+        self.optimizer.state = defaultdict(dict)
+        _fill_momentum(self.optimizer)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters: optimizer, counts, average, and gradients that wait for a step."""
         return {
@@ -305,7 +265,7 @@ class Descent:
 
     def _move(self, rate: float) -> None:
         """The optimizer's step at ``rate``; further parameter groups keep their ratio to the first."""
-        for group, base in zip(self.optimizer.param_groups, self.bases):
+        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             group["lr"] = rate if base == self.bases[0] else rate * base / self.bases[0]
         self.optimizer.step()
 
@@ -345,7 +305,9 @@ def _all_params(*descents: Descent) -> list[Parameter]:
     return [p for descent in descents for p in descent.params]
 
 
-def _check(params: list[Parameter], clip: float | None, idle: str, accumulate: int, ema: float | None) -> None:
+def _check(
+    params: list[Parameter], clip: float | None, clip_value: float | None, idle: str, accumulate: int, ema: float | None
+) -> None:
     if not params:
         raise ValueError("Descent: no parameters. Give at least one.")
     for i, p in enumerate(params):
@@ -353,12 +315,25 @@ def _check(params: list[Parameter], clip: float | None, idle: str, accumulate: i
             raise ValueError(f"Descent: parameter {i} of shape {tuple(p.shape)} is frozen. Give only trainable ones.")
     if clip is not None and not clip > 0:
         raise ValueError(f"Descent: clip = {clip}. Allowed: a norm above 0, or None.")
+    if clip_value is not None and (clip is not None or not clip_value > 0):
+        raise ValueError(f"Descent: clip = {clip}, clip_value = {clip_value}. Allowed: a value above 0 without clip, or None.")
     if idle not in ("skip", "zeros"):
         raise ValueError(f"Descent: idle = {idle!r}. Allowed: 'skip', 'zeros'.")
     if accumulate < 1:
         raise ValueError(f"Descent: accumulate = {accumulate}. Allowed: 1 or more.")
     if ema is not None and not 0.0 <= ema <= 1.0:
         raise ValueError(f"Descent: ema = {ema}. Allowed: 0 to 1, or None.")
+
+
+def _check_groups(params: list[Parameter], optimizer: Optimizer) -> None:
+    groups = optimizer.param_groups
+    if sum(len(group["params"]) for group in groups) != len(params) or {id(p) for p in params} != {
+        id(p) for group in groups for p in group["params"]
+    }:
+        raise ValueError("Descent: the optimizer's groups do not hold each parameter once. Build them of the list it is given.")
+    rates = [float(group["lr"]) for group in groups]
+    if rates[0] == 0 and any(rates):
+        raise ValueError(f"Descent: rates {rates} of the groups keep no ratio to the first. Allowed: a first rate above 0.")
 
 
 def _fill_momentum(optimizer: Optimizer) -> None:

@@ -29,6 +29,7 @@ EARLY = 0.25  # of the run: until then weights are near their start and ease of 
 LATE = 0.75  # of the run: before, a mixture beats any one of its undecided options, and should
 GAP = 0.3  # of accuracy: beyond what a derived network lacks for want of its own training alone
 GONE = 1e-3  # of the largest gradient norm read so far: Adam's step still moves, but by noise
+CHANCE, LEARNT = 1.2, 2.0  # times chance: a subnet is there again, and had left it
 KINDS = ("skip", "none", "narrowest")
 
 
@@ -162,6 +163,19 @@ def warnings(
             "the temperature higher where the strategy has one."
         )
     return found
+
+
+def collapsed(history: Sequence[Mapping[str, float]], row: Mapping[str, float], classes: int) -> dict[str, str]:
+    """What to say of subnets (tags subnet/<name>/top1) that are at chance in ``row`` and were not before: a supernet may
+    collapse in the middle of a run (AttentiveNAS, issue 5 of the released code)."""
+    chance = 1.0 / classes
+    fallen = [tag.split("/")[1] for tag, top1 in row.items() if tag.startswith("subnet/") and top1 <= CHANCE * chance
+              and max((before.get(tag, 0.0) for before in history), default=0.0) >= LEARNT * chance]  # fmt: skip
+    if not fallen:
+        return {}
+    return {"collapse": f"collapse of the supernet: {' and '.join(fallen)} fell to chance ({chance:.0%}), where accuracy was "
+                        f"{LEARNT:g} times that before. Go back to an earlier checkpoint; lower weights.lr, clip "
+                        "(weights.clip) or warm up (weights.warmup_epochs)."}  # fmt: skip
 
 
 def _collapse(kind: str, share: Share, where: str) -> str | None:

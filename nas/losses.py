@@ -53,6 +53,16 @@ def distillation(student: Tensor, teacher: Tensor, y: Tensor, lam: float, T: flo
     return (1.0 - lam) * loss(student, y) + lam * T**2 * divergence  # (14)
 
 
+def soft_cross_entropy(student: Tensor, teacher: Tensor, T: float = 1.0) -> Tensor:  # (B, N), (B, N) -> ()
+    """T^2 CE(softmax(teacher / T), softmax(student / T)), the mean over the batch; no gradient reaches the teacher.
+
+    It exceeds KL(teacher || student) by the teacher's entropy, a constant: same gradient.
+    """
+    if not T > 0.0:
+        raise ValueError(f"soft_cross_entropy: T = {T}. Allowed: above 0.")
+    return T**2 * F.cross_entropy(student / T, F.softmax(teacher.detach() / T, dim=1))
+
+
 def top1(logits: Tensor, y: Tensor) -> Tensor:  # (B, N), (B,) or (B, N) -> ()
     """The share of images whose largest logit is their class (for soft labels: their most probable class)."""
     classes = y.argmax(dim=1) if y.ndim == 2 else y

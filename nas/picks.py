@@ -1,6 +1,7 @@
-"""Reading the derived architecture as a search goes on: accuracy, health, the alphas in TensorBoard, and what to keep.
+"""Reading as a search goes on: the derived architecture's accuracy and health, the alphas in TensorBoard, and what to keep.
 
-``last`` is the architecture at the end; ``best`` the one with the highest accuracy among those that meet the budget.
+``last`` is the architecture at the end; ``best`` the one with the highest accuracy among those that meet the budget. Where a
+searcher picks at the end, nothing is derived on the way: the smallest, a middle and the largest subnet are read instead.
 """
 from __future__ import annotations
 
@@ -28,17 +29,17 @@ class Picks:
     """An act of the engine: derive, recalibrate, evaluate on the select split, judge the search's health, log. Its state is
     part of the checkpoint.
 
-    ``gap``: read the accuracy of the mixture too, on the same images, where the strategy believes in one. ``history``: what
-    was read, one row a reading. ``warned``: kind -> "step" and "words" of its first warning, which is not repeated,
-    and "last", the latest step at which it held.
+    ``gap``: read the accuracy of the mixture too, on the same images, where the strategy believes in one. ``derive``: False
+    reads three subnets instead. ``history``: what was read, one row a reading. ``warned``: kind -> "step" and "words" of its
+    first warning, which is not repeated, and "last", the latest step at which it held.
     """
 
     def __init__(
         self, space: SearchSpace, data: Data, device: torch.device, log: RunLogs, ranks: Ranks,
-        images: int | None = None, bn_images: int = 2000, gap: bool = True,
+        images: int | None = None, bn_images: int = 2000, gap: bool = True, derive: bool = True,
     ) -> None:  # fmt: skip
         self.space, self.data, self.device, self.log, self.ranks = space, data, device, log, ranks
-        self.images, self.bn_images, self.gap = images, bn_images, gap
+        self.images, self.bn_images, self.gap, self.derive = images, bn_images, gap, derive
         self.best: dict[str, Any] | None = None  # {"arch", "metric", "step", "fits"}
         self.last: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
@@ -58,7 +59,12 @@ class Picks:
 
     def look(self, step: int, steps: int, strategy: Strategy) -> tuple[dict[str, float], dict[str, str]]:
         """Reads what the strategy would derive after ``step``; sets ``last`` and ``best``. Returns the row that joins the
-        history, and the warnings that are new, which the log has said."""
+        history, and the warnings that are new, which the log has said. Three subnets, without ``derive``."""
+        if not self.derive:
+            row = {"step": step, **self._three(strategy)}
+            said = health.collapsed(self.history, row, len(self.data.classes))
+            self.history.append(row)
+            return row, self._warned(step, said)
         derived, probabilities = strategy.architecture(), strategy.probabilities()
         arch, fits = self.space.canonical(derived), strategy.fits(derived)
         scores, mixed = self.read(strategy, arch, probabilities)
@@ -75,13 +81,17 @@ class Picks:
         if fits and (self.best is None or scores.top1 > self.best["metric"]["value"]):
             self.best = dict(self.last)
         said = health.warnings(found, progress=(step + 1) / steps, gap=gap, norm=self.norm, peak=self.peak)
+        return row, self._warned(step, said)
+
+    def _warned(self, step: int, said: Mapping[str, str]) -> dict[str, str]:
+        """Says what is new of the warnings ``said``, and remembers when each held; what is new."""
         fresh = {kind: words for kind, words in said.items() if kind not in self.warned}
         for kind, words in fresh.items():
             self.warned[kind] = {"step": step, "words": words}
             _log.warning("health after step %d: %s", step + 1, words)
         for kind in said:
             self.warned[kind]["last"] = step
-        return row, fresh
+        return fresh
 
     def read(
         self, strategy: Strategy, arch: Arch, probabilities: Mapping[str, Sequence[float]]
@@ -92,6 +102,14 @@ class Picks:
             settings.insert(0, health.relaxed(self.space, probabilities, self.device))
         found = score_archs(strategy.network(arch), settings, self.data, "select", self.device, self.bn_images, self.images)
         return found[-1], (found[0] if len(found) > 1 else None)
+
+    def _three(self, strategy: Strategy) -> dict[str, float]:
+        """Recalibrated accuracy of the smallest, a middle and the largest subnet, each in the weights that serve it."""
+        found = {}
+        for name, arch in three(self.space).items():
+            read = score_archs(strategy.network(arch), [arch], self.data, "select", self.device, self.bn_images, self.images)
+            found[f"subnet/{name}/top1"] = read[0].top1
+        return found
 
     def metric(self, scores: Scores) -> dict[str, Any]:
         return {
@@ -121,6 +139,13 @@ class Picks:
         rows = {name: probabilities[name] for name in self.space.free}
         if rows:
             self.log.figure("alpha/heatmap", heatmap(rows, {n: self.space.root[n].options for n in rows}), step)
+
+
+def three(space: SearchSpace) -> dict[str, Arch]:
+    """The smallest, the middle and the largest architecture. Middle: every open choice at the middle of its options, of an
+    even number of them at the lower one."""
+    middle = space.restrict({name: [space[name].options[(len(space[name].options) - 1) // 2]] for name in space.free})
+    return {"smallest": space.smallest(), "middle": middle.largest(), "largest": space.largest()}
 
 
 def heatmap(rows: Mapping[str, Sequence[float]], options: Mapping[str, Sequence[Any]]) -> Figure:

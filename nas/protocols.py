@@ -70,6 +70,16 @@ class Supernet(Protocol):
 
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]: ...
 
+    def sort_channels(self, trained: SearchSpace | None = None) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """Sorts hidden channels by importance, in place, the best first: the largest network computes what it did.
+
+        ``trained``: a restriction of ``space``, what was trained so far; the widths that its options give keep their
+        channels. None protects nothing. The result, (parameter, dim, order), is for ``Descent.permute``: the parameter is now
+        what ``index_select(dim, order)`` makes of the old one, one after the other; [] where no order can be changed.
+        ValueError, before anything moves, where norms have a scale per width.
+        """
+        ...
+
     def reset(self, generator: torch.Generator) -> None: ...
 
 
@@ -95,8 +105,9 @@ class Strategy(Protocol):
     def start(self, setup: Setup) -> None:
         """Make alphas, weight copies, Descents. Raises ValueError where setup and hyper-parameters do not fit."""
 
-    def passes(self) -> int:
-        """What one step costs: forward and backward passes of one batch, for comparisons at equal cost."""
+    def passes(self) -> float:
+        """What one step costs: forward and backward passes of one batch, for comparisons at equal cost; the mean over the
+        run where steps differ."""
         ...
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
@@ -124,14 +135,53 @@ class Strategy(Protocol):
         ...
 
 
+class Found(NamedTuple):
+    """An architecture that was scored. ``costs``: price -> its cost, for every cost table that the search was given."""
+
+    arch: Arch
+    score: float
+    costs: dict[str, float]
+
+
 class Searcher(Protocol):
-    """Ask / tell over codes (N, choices) of the root space."""
+    """Ask / tell over codes (N, choices) of the root space: which architectures to score next. Scores: higher is better.
 
-    def ask(self, n: int) -> np.ndarray: ...
+    A dataclass of its hyper-parameters; ``nas.searchers.rounds.Rounds`` does all but say what a round is.
+    """
 
-    def tell(self, codes: np.ndarray, scores: np.ndarray) -> None: ...
+    def start(
+        self, space: SearchSpace, costs: Mapping[str, CostTable], limits: Sequence[tuple[str, float, float]] = ()
+    ) -> None:
+        """``limits``: (price, low, high), all of which every candidate meets; ``costs``: a table for each price.
 
-    def state(self) -> dict: ...
+        Raises ValueError for limits that nothing found in ``space`` meets.
+        """
+
+    def ask(self, n: int) -> np.ndarray:
+        """At most ``n`` architectures that have no score yet: canonical codes. Empty: the search is over."""
+        ...
+
+    def tell(self, codes: np.ndarray, scores: np.ndarray | Sequence[float]) -> None:
+        """The ``scores`` (N,) of ``codes``, asked for or not. A score that is known stays."""
+
+    def known(self, codes: np.ndarray) -> np.ndarray:
+        """The scores (N,) of ``codes``; nan where there is none yet."""
+        ...
+
+    def best(self) -> Found | None:
+        """The highest score within the limits; None before the first."""
+        ...
+
+    def front(self, price: str) -> list[Found]:
+        """What no other beats in both cost and score, within the limits, from the cheapest to the dearest."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """All that ``load`` needs to go on: numbers, texts and tensors."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken. Call ``start`` first, as before. Raises ValueError for another search's state."""
 
 
 class Log(Protocol):

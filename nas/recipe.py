@@ -22,8 +22,9 @@ from torch import nn
 from nas.bilevel import Weights
 from nas.data import Data
 from nas.explain import explain, keys_of, section_of
+from nas.limits import Select
 from nas.losses import CrossEntropy
-from nas.protocols import Strategy
+from nas.protocols import Searcher, Strategy
 from nas.strategies.plain import Plain
 from search_spaces.space import SearchSpace
 
@@ -31,7 +32,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 RUN_KEYS = ("out", "resume", "dry_run", "max_time", "init", "json", "debug", "device", "teacher", "config")
 """How a run is executed, not what it computes: left out of what a resumed run must share with the run it continues."""
 COUNTS = ("epochs", "evaluate.every", "evaluate.images", "evaluate.bn_images", "evaluate_every", "log_every", "threads",
-          "bn_images")  # fmt: skip
+          "bn_images", "select.evaluations", "select.images", "select.bn_images")  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -61,7 +62,12 @@ def search_parser() -> ArgumentParser:
     parser.add_subclass_arguments(SearchSpace, "space", required=False)
     parser.add_subclass_arguments(nn.Module, "supernet", required=False, skip={"space", "channels", "classes"})
     parser.add_argument("--strategy", type=Strategy | None, default=None)
-    parser.add_argument("--restrict", type=dict[str, Any], default={}, help="pattern -> options, largest or smallest")
+    parser.add_argument("--searcher", type=Searcher | None, default=None,
+                        help="picks an architecture when the supernet is trained; default: what the strategy derives")
+    parser.add_class_arguments(Select, "select")
+    parser.add_argument("--restrict", type=dict[str, Any], default={},
+                        help="pattern -> options, largest, smallest, or how many of the largest")
+    parser.add_argument("--tie", type=dict[str, Any], default={}, help="pattern -> {leader: NAME, values: {its option: own}}")
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(CrossEntropy, "loss")
     parser.add_argument("--epochs", type=int, default=1)

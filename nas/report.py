@@ -20,7 +20,8 @@ from search_spaces.space import Value
 COLUMNS = {
     "health/entropy": "entropy", "health/share_skip": "skip", "health/share_none": "none",
     "health/share_narrowest": "narrowest", "mixture": "mixture top-1", "select/top1": "derived top-1", "health/gap": "gap",
-    "norm": "alpha gradient norm",
+    "norm": "alpha gradient norm", "subnet/smallest/top1": "smallest top-1", "subnet/middle/top1": "middle top-1",
+    "subnet/largest/top1": "largest top-1",
 }  # fmt: skip
 
 
@@ -47,8 +48,12 @@ def report(
         f"# Search: {folder.name}",
         _asked(built, config),
         "## Result\n\n" + _found(built, picks, pick),
-        "## Health\n\n" + health_table(picks.history) + "\n\n" + warning_lines(picks.warned, picks.history[-1]["step"]),
     ]
+    if picks.derive:
+        warned = warning_lines(picks.warned, picks.history[-1]["step"])
+        parts.append("## Health\n\n" + health_table(picks.history) + "\n\n" + warned)
+    else:
+        parts.append("## Subnets\n\n" + health_table(picks.history))
     if random is not None:
         parts.append("## Random search at equal cost\n\n" + comparison(random))
     return "\n\n".join([*parts, "## Go on\n\n" + _go_on(config, folder, random)]) + "\n"
@@ -111,6 +116,7 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
     setup, space = built.setup, built.space
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     passes = built.strategy.passes()
+    images = round(setup.steps * passes) * built.data.batch_size
     lines = [["asked", ""], ["---", "---"]]
     lines += [
         ["strategy", settings(built.strategy)],
@@ -118,8 +124,8 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
         ["seed", str(config["seed"])],
         ["data", built.data.describe()],
         ["space", f"{space!r}: {len(space.free)} open choices, {float(space.size):.3g} architectures"],
-        ["length", f"{setup.steps:,} steps, {setup.steps / setup.epoch_steps:g} epochs, {passes} passes of "
-                   f"{built.data.batch_size} images a step: {setup.steps * passes * built.data.batch_size:,} image-passes"],
+        ["length", f"{setup.steps:,} steps, {setup.steps / setup.epoch_steps:g} epochs, {passes:g} passes of "
+                   f"{built.data.batch_size} images a step: {images:,} image-passes"],
     ]  # fmt: skip
     return _table(lines)
 
@@ -136,11 +142,20 @@ def _found(built: Built, picks: Picks, pick: Mapping[str, Any]) -> str:
     if picks.last is not None and picks.last["step"] != pick["step"]:
         words += (f" It was derived after step {pick['step'] + 1:,}: the best that meets the strategy's budget. The last one "
                   "misses it and is in arch-last.json.")  # fmt: skip
-    if not pick["fits"]:
+    if "searcher" in pick:
+        words += "\n\n" + selected(pick)
+    elif not pick["fits"]:
         words += " It misses the strategy's budget, as every architecture that was derived did."
     if built.budget is not None:
         words += f"\n\n{against_budget(built.budget, pick['arch'])}."
     return f"    {built.space.text(pick['arch'])}\n\n" + _table(lines) + "\n\n" + words
+
+
+def selected(pick: Mapping[str, Any]) -> str:
+    """By which searcher ``pick`` was found, under which limits, among how many subnets."""
+    limits = ", ".join(f"{name} = {amount}" for name, amount in pick["limits"].items()) or "none"
+    return (f"Picked by {pick['searcher']}: the best of {pick['scored']:,} subnets that were scored. Limits: {limits}. "
+            f"{pick['front']:,} of them are on the front of accuracy over MACs: pareto.csv, pareto.png.")  # fmt: skip
 
 
 def warning_lines(warned: Mapping[str, Mapping[str, Any]], end: float) -> str:
@@ -159,6 +174,8 @@ def _go_on(config: Mapping[str, Any], folder: Path, random: Mapping[str, Any] | 
         return "    found.bundle('my-bundle')    # in the script that searched: the plain network\n    nas retrain my-bundle"
     run, bundle = (shlex.quote(str(path)) for path in (folder, folder / "bundle"))
     lines = [f"nas extract {run}", f"nas retrain {bundle}", f"nas rank {run} --truth TABLE.csv --value COLUMN"]
+    if config.get("searcher"):
+        lines.append(f"nas select {run} --macs-at-most 40%")
     if random is not None:
         best = shlex.quote(str(folder / "random-bundle"))
         lines += [f"nas extract {run} --arch {shlex.quote(random['arch'])} --from scratch --out {best}", f"nas retrain {best}"]
@@ -171,6 +188,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _number(tag: str, value: float | None) -> str:
     digits = ".2g" if tag == "norm" else ".4f" if tag in ("select/top1", "mixture") else ".3f"
+    digits = ".4f" if tag.startswith("subnet/") else digits
     return "" if value is None else f"{value:{digits}}"
 
 

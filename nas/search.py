@@ -6,6 +6,9 @@ From Python, on your own images and without a recipe:
     net = ResNet(CifarResNet(depth=20), channels=data.shape[0], classes=len(data.classes))
     found = search(data, net, TAS(target="55%"), epochs=30, out="runs/mine")      # beside=8: random search, too
     found.bundle("runs/mine/bundle")
+
+Strategies that sample (weights shared by all subnets, no belief of which is good) name a searcher that picks when the training
+is over: ``searcher=Evolution(), select=Select(macs_at_most="40%")``.
 """
 from __future__ import annotations
 
@@ -24,15 +27,17 @@ from nas.beside import NONE, Beside, compare, words
 from nas.build import Built, arch_file, device_of, gather
 from nas.bundle import prove, write_bundle
 from nas.data import Data
-from nas.engine import Outcome, seed_from
+from nas.engine import Outcome, seed_from, signals
 from nas.evaluate import score_plain, statistics_of
 from nas.feed import Loaders
+from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.picks import Picks
-from nas.protocols import Strategy
+from nas.protocols import Searcher, Strategy
 from nas.recalibrate import install
-from nas.report import against_budget, report, write_whole
+from nas.report import against_budget, report, settings, write_whole
 from nas.run import Run
+from nas.select import Picked, draw, prepare, select, write
 from search_spaces.arch import ArchFile, read_arch, write_arch
 from search_spaces.space import Arch
 from supernets.elastic import Normalise
@@ -59,12 +64,13 @@ class Found(NamedTuple):
 def search(
     data: Data | Loaders, net: Any, strategy: Strategy, *, epochs: int, out: str | Path, seed: int = 1,
     device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1, gap: bool = True,
-    beside: int = 0,
+    beside: int = 0, searcher: Searcher | None = None, limits: Select | None = None,
 ) -> Found:  # fmt: skip
     """``nas search`` for objects of your own: trains ``net`` over ``net.space`` in the run folder ``out``.
 
     ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture,
     with ``gap`` of the mixture too. ``beside``: random networks to train at equal cost afterwards (nas/beside.py).
+    ``searcher``: picks within ``limits`` when the training is over; default: what the strategy derives.
     ``resume``: "auto" goes on where a killed run of ``out`` stopped. Ctrl-C and SIGTERM save, then raise SystemExit.
     Raises ValueError where the parts do not fit, before a folder is made.
     """
@@ -74,11 +80,12 @@ def search(
     group = ranks.start(place)
     # Loaders answers what Data does; only recipes build Data from arguments.
     built = gather(cast(Data, data), net.to(place), strategy, loss or CrossEntropy(), epochs=epochs, seed=seed,
-                   device=place, group=group)  # fmt: skip
+                   device=place, group=group, searcher=searcher, select=limits)  # fmt: skip
     rehearse(built, Beside(beside))
     space = {"name": net.space.name, "args": net.space.args}
     values = json.loads(json.dumps(vars(strategy), default=str))
-    config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe()},
+    config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe(),
+                         "searcher": searcher and settings(searcher), "limits": repr(limits)},
               "epochs": epochs, "seed": seed, "every": every, "gap": gap}  # fmt: skip
     run = Run(out, config, device=place, ranks=group, resume=resume)
     try:
@@ -92,11 +99,14 @@ def search(
 
 
 def rehearse(built: Built, beside: Beside) -> None:
-    """ValueError for what does not fit, before a folder is made: the strategy's budget, a split that picks would read, more
-    random networks than there are steps for them."""
+    """ValueError for what does not fit, before a folder is made: the strategy's budget, the searcher's limits, a split that
+    picks would read, more random networks than there are steps for them."""
     built.data.reads("select")
-    copy.copy(built.strategy).start(built.setup)
-    beside.length(built)
+    strategy = copy.copy(built.strategy)
+    strategy.start(built.setup)
+    if built.searcher is not None:
+        prepare(built, copy.copy(built.searcher), built.select)
+    beside.length(built, strategy)
 
 
 class Ended(NamedTuple):
@@ -120,19 +130,28 @@ def train(
     if built.ranks.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
     feed = built.data.feed(seed, built.device, built.ranks.rank, built.ranks.world)
-    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images, gap)
+    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images, gap,
+                  derive=built.searcher is None)  # fmt: skip
     acts = [(every * built.setup.epoch_steps, picks)]
     outcome = run.fit(built.strategy, built.setup, feed, seed=seed, every=acts, max_time=max_time, keep={"picks": picks})
     if outcome.reason != "done":
         return _stop(built, run, outcome, "")
-    chosen = conclude(built, picks, config, run.folder) if built.ranks.main else None
+    chosen, reason = None, ""
+    if built.ranks.main and built.searcher is not None:
+        picked = _select(built, built.searcher, config, run.folder, _left(max_time, began))
+        chosen, reason = (None, picked) if isinstance(picked, str) else (_picked(built, picks, config, run.folder, picked), "")
+    elif built.ranks.main:
+        chosen = conclude(built, picks, config, run.folder)
+    if beside.networks and built.searcher is not None:
+        reason = ranks.share(reason)
+    if reason:
+        return _stop(built, run, outcome._replace(reason=reason), " while it picked")
     path = run.folder / "arch.json" if chosen else None
     if not beside.networks:
         return Ended(outcome, path)
-    left = None if max_time is None else max(max_time - (time.monotonic() - began), 1e-6)
     arch = json.loads(ranks.share(json.dumps(chosen["arch"] if chosen else None)))
     outcome, random = compare(built, arch, beside, config, run.folder, seed=seed, images=images, bn_images=bn_images,
-                              max_time=left)  # fmt: skip
+                              max_time=_left(max_time, began))  # fmt: skip
     if outcome.reason != "done":
         return _stop(built, run, outcome, " of random search")._replace(path=path)
     if random and chosen:
@@ -140,6 +159,11 @@ def train(
         _report(built, picks, config, run.folder, chosen, random)
         _log.info("random.json: %s", words(random))
     return Ended(outcome, path, random)
+
+
+def _left(max_time: float | None, began: float) -> float | None:
+    """The seconds that are left of ``max_time`` since ``began``; None: as many as it takes."""
+    return None if max_time is None else max(max_time - (time.monotonic() - began), 1e-6)
 
 
 def _stop(built: Built, run: Run, outcome: Outcome, where: str) -> Ended:
@@ -174,6 +198,42 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
     if best is not None:
         _write(built, best, config, folder / "arch-best.json")
     _report(built, picks, config, folder, chosen)
+    _say(built, file, chosen)
+    return chosen
+
+
+def _select(built: Built, searcher: Searcher, config: Mapping[str, Any], folder: Path, left: float | None) -> Picked | str:
+    """What ``searcher`` picks, or why it was stopped: a signal, or the end of the ``left`` seconds. The main rank alone."""
+    _log.info("%s picks: at most %s subnets", type(searcher).__name__, built.select.evaluations or "any number of")
+    with signals(left) as stop:
+
+        def due() -> str | None:
+            """``stop`` without a vote: the other ranks have nothing to do."""
+            late = stop.deadline is not None and time.monotonic() >= stop.deadline
+            return stop.reason or ("time" if late else None)
+
+        return select(built, searcher, built.select, folder, config, built.setup.steps, due)
+
+
+def _picked(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, found: Picked) -> dict[str, Any]:
+    """Writes arch.json, pareto.csv, pareto.png and report.md for what a searcher picked; what ``conclude`` returns."""
+    end = built.setup.steps - 1
+    if not picks.history or picks.history[-1]["step"] != end:
+        picks.look(end, built.setup.steps, built.strategy)
+    file = write(built, found, built.select, config, folder / "arch.json")
+    draw(built, found, folder)
+    arch = found.best.arch
+    chosen = {"arch": arch, "metric": file.metrics["top1"], "step": end, "fits": built.strategy.fits(arch), **found.said,
+              "front": len(found.front)}  # fmt: skip
+    _report(built, picks, config, folder, chosen)
+    _log.info("%s scored %d subnets, %d of them now; %d are on the front", found.said["searcher"], found.asked, found.fresh,
+              len(found.front))  # fmt: skip
+    _say(built, file, chosen)
+    return chosen
+
+
+def _say(built: Built, file: ArchFile, chosen: Mapping[str, Any]) -> None:
+    """arch.json in one line, and in another what it costs beside the strategy's budget."""
     full = built.prices(built.space.root.largest())
     norms = ", recalibrated batch norm" if any(isinstance(module, Normalise) for module in built.net.modules()) else ""
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
@@ -183,7 +243,6 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
               chosen["metric"]["n"], norms)  # fmt: skip
     if built.budget is not None:
         _log.info("%s", against_budget(built.budget, chosen["arch"]))
-    return chosen
 
 
 def _write(built: Built, pick: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> ArchFile:

@@ -190,6 +190,16 @@ class Cells(SearchSpace):
                 codes[:, i] = np.where(keeps, places[rng.integers(len(places), size=n)], none)
         return self._follow_codes(codes)
 
+    def lawful(self, codes: np.ndarray) -> np.ndarray:
+        """(N, M) -> (N,) bool: cells whose nodes have as many inputs as ``sample`` gives them, followers not counted."""
+        met = np.ones(len(codes), dtype=bool)
+        for at in self._nodes():
+            free = [i for i in range(at.start, at.stop) if self.choices[i].name not in self.ties]
+            open_ = [i for i in free if self.choices[i].options != (NONE,)]
+            forced = sum(NONE not in self.choices[i].options for i in open_)
+            met &= (codes[:, free] != self.ops.index(NONE)).sum(axis=1) == min(len(open_), max(2, forced))
+        return met
+
     def _nodes(self) -> Iterator[slice]:
         """Where the edges of each node stand among the choices."""
         start = 0

@@ -184,12 +184,19 @@ class NASNet(SearchSpace):
 
     def random_codes(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """(n, M) int16: ``sample`` for many."""
-        codes = super().random_codes(rng, n)
+        return self._closed_codes(super().random_codes(rng, n))
+
+    def lawful(self, codes: np.ndarray) -> np.ndarray:
+        """(N, M) -> (N,) bool: outputs by the rule."""
+        return (self._closed_codes(codes.copy()) == codes).all(axis=1)
+
+    def _closed_codes(self, codes: np.ndarray) -> np.ndarray:
+        """``_closed`` for codes (N, M), which it may change."""
         for name, kind in self._ruled().items():
-            read = np.zeros((n, self.blocks + 2), dtype=bool)
+            read = np.zeros((len(codes), self.blocks + 2), dtype=bool)
             for b in self.numbers():
                 for side in SIDES:
-                    read[np.arange(n), codes[:, self._at[choice(kind, b, f"{side}.input")]]] = True
+                    read[np.arange(len(codes)), codes[:, self._at[choice(kind, b, f"{side}.input")]]] = True
             keys = (~read[:, :-1]) @ 2 ** np.arange(self.blocks + 1)
             codes[:, self._at[name]] = self._positions[keys]
         return self._follow_codes(codes)

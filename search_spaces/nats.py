@@ -101,6 +101,12 @@ class Topology(SearchSpace):
         """(n, 6) int16: ``sample`` for many."""
         return self._alive[rng.integers(len(self._alive), size=n)]
 
+    def lawful(self, codes: np.ndarray) -> np.ndarray:
+        """(N, 6) -> (N,) bool: cells in which every node receives something."""
+        gives = codes != OPS.index("none")
+        into = [[i for i, ends in enumerate(EDGES) if ends[0] == node] for node in (1, 2, 3)]
+        return np.all([gives[:, edges].any(axis=1) for edges in into], axis=0)
+
     @functools.cached_property
     def _alive(self) -> np.ndarray:
         """(cells, 6) int16: the codes of what ``sample`` draws from; with so few, no draw is ever rejected."""
@@ -110,11 +116,10 @@ class Topology(SearchSpace):
         codes = codes[(self._follow_codes(codes) == codes).all(axis=1)]
         for node in (1, 2, 3):
             into = [i for i, ends in enumerate(EDGES) if ends[0] == node]
-            codes = codes[(codes[:, into] != OPS.index("none")).any(axis=1)]
-            if not len(codes):
+            if not (codes[:, into] != OPS.index("none")).any():
                 raise ValueError(f"This restriction of {self.name} leaves node {node} nothing but none on "
                                  f"{listed(NAMES[i] for i in into)}. Allow another operation on one of them.")
-        return codes
+        return codes[self.lawful(codes)]
 
 
 class Numbering:

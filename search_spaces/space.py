@@ -343,14 +343,17 @@ class SearchSpace:
     def canonical_codes(self, codes: np.ndarray) -> np.ndarray:
         """``canonical`` for codes (N, M): a copy in which every inert entry is 0."""
         codes = self._coded(codes).copy()
-        live = np.ones(codes.shape, dtype=bool)
-        for i in self._order:
-            for name, values in self.choices[i].needs:
-                at = self._at[name]
-                holds = np.array([option in values for option in self.root.choices[at].options])
-                live[:, i] &= live[:, at] & holds[codes[:, at]]
-        codes[~live] = 0
+        live = np.ones(codes.shape[::-1], dtype=bool)  # (M, N): a choice's column lies in one piece
+        for i, at, holds in self._conditional:
+            live[i] &= live[at] & holds[codes[:, at]]
+        codes[~live.T] = 0
         return codes
+
+    @functools.cached_property
+    def _conditional(self) -> list[tuple[int, int, np.ndarray]]:
+        """(choice, the one that it needs, (K,) bool: at which of that one's root options), in the order to look at them."""
+        return [(i, self._at[name], np.array([option in values for option in self.root.choices[self._at[name]].options]))
+                for i in self._order for name, values in self.choices[i].needs]
 
     def random_codes(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """(n, M) int16: uniform in every free choice, followers set, canonical: ``sample`` for many."""
@@ -360,6 +363,11 @@ class SearchSpace:
                 places = np.array([root.options.index(option) for option in choice.options], dtype=np.int16)
                 codes[:, i] = places[rng.integers(len(places), size=n)]
         return self.canonical_codes(self._follow_codes(codes))
+
+    def lawful(self, codes: np.ndarray) -> np.ndarray:
+        """(N, M) -> (N,) bool: which of ``codes`` of this (restricted) space ``sample`` may draw; all, but in families with
+        a rule of their own."""
+        return np.ones(len(codes), dtype=bool)
 
     def _follow_codes(self, codes: np.ndarray) -> np.ndarray:
         """``_follow`` for codes (N, M): a copy in which every follower is as its leader asks."""

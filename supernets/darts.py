@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from search_spaces import darts
 from search_spaces.sizes import Segment, fixed
-from search_spaces.space import Mixture, Setting, require
+from search_spaces.space import Mixture, SearchSpace, Setting, require
 from supernets.abreast import Inputs, abreast, columns, fits, spread
 from supernets.chains import Chain, Conv
 from supernets.elastic import Leaf
@@ -25,6 +25,7 @@ from supernets.extract import DropPath
 from supernets.layers import Layer, When, known_view
 from supernets.mixing import Candidate, Scaled, active, blend
 from supernets.operations import CandidateLeaf, Chained, Classifier, Halve, Operation, Pool, identity, joined, zero
+from supernets.sorting import Moved
 
 Arch = Mapping[str, Setting]
 POOLS = {"max_pool_3x3": "max", "avg_pool_3x3": "avg"}
@@ -371,6 +372,10 @@ class Cells(nn.Module):
                 users = {o for o in self.space.root[choice].options if _runs(leaves, darts.parts(str(o)), leaf)}
                 found += leaf.parameters() if option is None or users == {option} else ()
         return found
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """None: no width is a choice here."""
+        return []
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""

@@ -18,13 +18,9 @@ from search_spaces.sizes import Layout, Segment, Size, candidates, positions
 from search_spaces.space import Mixture, SearchSpace, Setting
 from supernets.layers import Layer, Shape, When, inputs, term
 from supernets.mixing import MIXINGS, averaging, fold, idle_ones, plus_idle
+from supernets.norms import Normalise, plain_norm, prefix
 
 Arch = Mapping[str, Setting]
-
-
-def prefix(weight: Tensor, dim: int, size: int) -> Tensor:
-    """The first ``size`` along ``dim``; all of them without a slice, whose backward would copy the gradient."""
-    return weight if weight.shape[dim] == size else weight.narrow(dim, 0, size)
 
 
 def sliced(weight: Tensor, into: Layout, x: Tensor, arch: Arch) -> Tensor:
@@ -86,42 +82,6 @@ def init_default(weight: Tensor, generator: torch.Generator | None = None, bias:
     with torch.no_grad():
         for p in (weight,) if bias is None else (weight, bias):
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-
-
-class Normalise(nn.Module):
-    """Batch norm of the first c of C channels, with its own scale and shift per candidate width, shared ones, or none
-    (``affine=False``).
-
-    In training it normalises with the batch's own statistics and writes no buffer (law 7); in evaluation it reads
-    ``running_mean`` and ``running_var``, which only recalibration writes (nas.recalibrate hooks this module).
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    eps = 1e-5
-    momentum = 0.1  # of the plain network's norm
-
-    def __init__(self, widths: Sequence[int], separate: bool, affine: bool = True) -> None:
-        super().__init__()
-        C = max(widths)
-        self.index = {c: k if separate else 0 for k, c in enumerate(widths)}
-        sizes = () if not affine else widths if separate else (C,)
-        self.weight = nn.ParameterList([nn.Parameter(torch.ones(c)) for c in sizes])
-        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(c)) for c in sizes])
-        self.register_buffer("running_mean", torch.zeros(C))
-        self.register_buffer("running_var", torch.ones(C))
-
-    def affine(self, c: int) -> tuple[Tensor, Tensor]:
-        """Scale and shift (c,), (c,) of the candidate of width ``c``; KeyError where there is none."""
-        k = self.index[c]
-        return prefix(self.weight[k], 0, c), prefix(self.bias[k], 0, c)
-
-    def forward(self, z: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """(B, c, H, W) -> the same; without ``weight`` and ``bias`` it only normalises."""
-        if self.training:
-            return F.batch_norm(z, None, None, weight, bias, training=True, eps=self.eps)
-        c = z.shape[1]
-        return F.batch_norm(z, self.running_mean[:c], self.running_var[:c], weight, bias, training=False, eps=self.eps)
 
 
 class ElasticConv(Leaf):
@@ -223,7 +183,9 @@ class ElasticConv(Leaf):
         (i,), c = c_in, self.out[0].size.at(arch)
         conv = nn.Conv2d(i, c, self.weight.shape[2], self.stride, self.padding, bias=False)
         conv.to(self.weight)
-        norm = nn.BatchNorm2d(c).to(self.weight) if self.derived_norm else None
+        norm = None
+        if self.derived_norm:
+            norm = nn.BatchNorm2d(c).to(self.weight) if self.norm is None else plain_norm(self.norm, c, None, inherit)
         if inherit:
             if (self.norm is None) != (norm is None):
                 raise ValueError(
@@ -233,12 +195,6 @@ class ElasticConv(Leaf):
             kept = slice(i) if len(self.into) == 1 else positions(self.into, arch)
             with torch.no_grad():
                 conv.weight.copy_(self.weight[:c, kept])
-                if norm is not None and self.norm is not None:
-                    gamma, beta = self._affine(c)
-                    norm.weight.copy_(gamma)
-                    norm.bias.copy_(beta)
-                    norm.running_mean.copy_(self.norm.running_mean[:c])  # type: ignore[union-attr]
-                    norm.running_var.copy_(self.norm.running_var[:c])  # type: ignore[union-attr]
         else:
             init_conv(conv.weight)
         return _named(conv=conv, norm=norm)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from search_spaces.macro import ConvMacro as Space
 from search_spaces.sizes import Segment, fixed
-from search_spaces.space import Setting
+from search_spaces.space import SearchSpace, Setting
 from supernets.elastic import Leaf
 from supernets.layers import Layer, known_view
+from supernets.sorting import Moved, sort_chain
 from supernets.superpose import SuperposedConv, SuperposedLinear
 
 
@@ -91,6 +92,10 @@ class ConvMacro(nn.Module):
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
         """None: smaller options are slices of larger ones."""
         return []
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """Sorts c1 .. c4 by what the next convolution reads, from behind (``nas.protocols.Supernet``)."""
+        return sort_chain([self.conv1, self.conv2, self.conv3, self.conv4, self.conv5], trained)
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from search_spaces import nasnet
 from search_spaces.nasnet import KINDS, OPS, SIDES, choice, concat
 from search_spaces.sizes import Size, fixed
-from search_spaces.space import Mixture, Setting, require
+from search_spaces.space import Mixture, SearchSpace, Setting, require
 from supernets.chains import Conv
 from supernets.elastic import Leaf, Normalise
 from supernets.extract import DropPath
@@ -30,6 +30,7 @@ from supernets.mixing import Scaled, blend
 from supernets.nasnet_costs import branch_layers, factorised_layers
 from supernets.nasnet_operations import HW, Branch, Factorised, Source, convolves, form, halved
 from supernets.operations import Classifier, Operation
+from supernets.sorting import Moved
 
 Arch = Mapping[str, Setting]
 NORMS = {"cifar": (1e-5, 0.1), "imagenet": (1e-3, 1 - 0.9997)}
@@ -309,6 +310,10 @@ class NASNet(nn.Module):
             if form(op, 1).always and option in (None, op)
             for p in leaf.parameters()
         ]  # fmt: skip
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """None: no width is a choice here."""
+        return []
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""

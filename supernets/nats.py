@@ -21,8 +21,9 @@ from supernets.elastic import prefix
 from supernets.entangled import entangle, superposed
 from supernets.layers import Layer, Shape, When, term
 from supernets.mixing import Candidate, Scaled, active, averaging, blend, fold, plus_idle
-from supernets.nats_skeleton import Convolution, Skeleton
+from supernets.nats_skeleton import Convolution, Residual, Skeleton
 from supernets.operations import Chained, Conv, Operation, identity, joined, zero
+from supernets.sorting import Moved, sort_chain, sort_channels, trained_widths
 
 Arch = Mapping[str, Setting]
 KERNELS = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}
@@ -207,6 +208,10 @@ class Topology(Skeleton):
             for p in operation.parameters()
         ]
 
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """None: no width is a choice here."""
+        return []
+
 
 class Skip(Convolution):
     """skip_connect between widths that may differ: a 1x1 convolution and a batch norm, without ReLU; nothing where they agree.
@@ -322,6 +327,21 @@ class SizedCell(nn.Module):
         leaves = [self.edge(*ends) for ends in nats.EDGES]
         return [record for leaf in leaves if leaf is not None for record in leaf.layers(hw)]
 
+    def sort_channels(self, trained: SearchSpace | None) -> Moved:
+        """Sorts nodes 2 and 1 by what all their readers read, where no skip ties their channels to another node's."""
+        moved: Moved = []
+        for node in (2, 1):
+            ends = [pair for pair in nats.EDGES if node in pair]
+            if not set(ends) & set(self.skips):
+                makers, readers = ([self._conv(*pair) for pair in ends if pair[axis] == node] for axis in (0, 1))
+                moved += sort_channels(makers, readers, trained_widths(makers[0].out[0], trained))
+        return moved
+
+    def _conv(self, node: int, source: int) -> Convolution:
+        leaf = self.edge(node, source)
+        assert leaf is not None, "only skips have no leaf"
+        return leaf
+
 
 class Sizes(Skeleton):
     """The supernet of a Sizes space: five widths, each a prefix of the widest.
@@ -340,6 +360,19 @@ class Sizes(Skeleton):
         super().__init__(
             space, channels, classes, widths, lambda into, out: [SizedCell(space, into, out, **kind)], **kind
         )
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """Sorts what lies between the convolutions of a residual block, and nodes of cells that no skip touches
+        (``nas.protocols.Supernet``). Sums tie the channels between cells and blocks together: they stay. Needs norm
+        "shared"."""
+        moved: Moved = []
+        for s in range(3):
+            if s:
+                block = cast(Residual, self.reductions[s - 1])
+                moved += sort_chain([block.conv0, block.conv1], trained)
+            for cell in self.cells(s):
+                moved += cell.sort_channels(trained)
+        return moved
 
 
 def build(space: nats.Topology | nats.Sizes, channels: int, classes: int) -> Topology | Sizes:

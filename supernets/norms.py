@@ -1,10 +1,55 @@
-"""Batch norms of plain networks: made of a supernet's ``Normalise``, and put back into one."""
+"""The batch norm of supernets, and those of plain networks: made of one, and put back into one.
+
+Letters: ``B`` batch, ``c C`` channels, ``H W`` height and width.
+"""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernets.elastic import Normalise
+
+def prefix(weight: Tensor, dim: int, size: int) -> Tensor:
+    """The first ``size`` along ``dim``; all of them without a slice, whose backward would copy the gradient."""
+    return weight if weight.shape[dim] == size else weight.narrow(dim, 0, size)
+
+
+class Normalise(nn.Module):
+    """Batch norm of the first c of C channels, with its own scale and shift per candidate width, shared ones, or none
+    (``affine=False``).
+
+    In training it normalises with the batch's own statistics and writes no buffer (law 7); in evaluation it reads
+    ``running_mean`` and ``running_var``, which only recalibration writes (nas.recalibrate hooks this module).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-5
+    momentum = 0.1  # of the plain network's norm
+
+    def __init__(self, widths: Sequence[int], separate: bool, affine: bool = True) -> None:
+        super().__init__()
+        C = max(widths)
+        self.index = {c: k if separate else 0 for k, c in enumerate(widths)}
+        sizes = () if not affine else widths if separate else (C,)
+        self.weight = nn.ParameterList([nn.Parameter(torch.ones(c)) for c in sizes])
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(c)) for c in sizes])
+        self.register_buffer("running_mean", torch.zeros(C))
+        self.register_buffer("running_var", torch.ones(C))
+
+    def affine(self, c: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift (c,), (c,) of the candidate of width ``c``; KeyError where there is none."""
+        k = self.index[c]
+        return prefix(self.weight[k], 0, c), prefix(self.bias[k], 0, c)
+
+    def forward(self, z: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """(B, c, H, W) -> the same; without ``weight`` and ``bias`` it only normalises."""
+        if self.training:
+            return F.batch_norm(z, None, None, weight, bias, training=True, eps=self.eps)
+        c = z.shape[1]
+        return F.batch_norm(z, self.running_mean[:c], self.running_var[:c], weight, bias, training=False, eps=self.eps)
 
 
 def plain_norm(norm: Normalise, c: int, bias: Tensor | None, inherit: bool, affine: bool = True) -> nn.BatchNorm2d:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from search_spaces.preresnet import PreResNet as Space
 from search_spaces.sizes import Segment, Size, fixed
-from search_spaces.space import Mixture, Setting, Value
+from search_spaces.space import Mixture, SearchSpace, Setting, Value
 from supernets.elastic import Arch, ElasticConv, ElasticLinear, Leaf, Normalise, prefix
 from supernets.layers import Layer, Shape, When, known_view, term
 from supernets.mixing import idle_ones, plus_idle
+from supernets.sorting import Moved
 from supernets.superpose import tail_sums
 
 
@@ -197,6 +198,10 @@ class PreResNet(nn.Module):
 
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
         """None: narrower options are prefixes of wider ones."""
+        return []
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """None: the scales of channels are the architecture's (alphas, one a channel), which a sort would leave behind."""
         return []
 
     def reset(self, generator: torch.Generator) -> None:

@@ -5,7 +5,7 @@ a stride-2 shortcut is a 2x2 average pool and a 1x1 convolution (batch norm on I
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.sizes import Segment, Size
-from search_spaces.space import Mixture, Setting
+from search_spaces.space import Mixture, SearchSpace, Setting
 from supernets.elastic import ElasticConv, ElasticLinear, Leaf, ResidualSum
 from supernets.layers import Layer, When, known_view
 from supernets.mixing import active, blend, interpolate_channels
+from supernets.sorting import Moved, sort_chain
 
 
 class Block(nn.Module):
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
         if self.pool is not None:
             x = self.pool(x)
         for s in range(len(self.stages)):
-            x = self._stage(self.blocks(s), arch[self.space.depth_name(s)], x, arch)
+            x = run_stage(self.blocks(s), arch[self.space.depth_name(s)], x, arch)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         if drop:
             x = F.dropout(x, drop, self.training)
@@ -116,26 +117,6 @@ class ResNet(nn.Module):
     def blocks(self, s: int) -> list[Block]:
         """All blocks of stage ``s``."""
         return list(cast(Iterable[Block], self.stages[s]))
-
-    def _stage(self, blocks: list[Block], depth: Setting, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
-        """The first ``depth`` blocks; of a mixture, the taps after each active depth at the widest width (TAS (9))."""
-        if not isinstance(depth, Mixture):
-            if not 1 <= int(depth) <= len(blocks):
-                raise ValueError(f"a stage cannot keep {depth} blocks. Allowed: 1 to {len(blocks)}.")
-            for block in blocks[: int(depth)]:
-                x = block(x, arch)
-            return x
-        if depth.idle == "gate":
-            raise ValueError("idle='gate' runs candidates again in the backward pass; the taps of a stage are one pass.")
-        taps: dict[int, Tensor] = {}
-        wanted = [int(depth.options[j]) for j in active(depth)]
-        for b, block in enumerate(blocks[: max(wanted)]):
-            x = block(x, arch)
-            if b + 1 in wanted:
-                taps[b + 1] = x
-        C = max(tap.shape[1] for tap in taps.values())
-        candidates = [lambda _, w, d=int(d): (interpolate_channels(taps[d], C), w) for d in depth.options]
-        return blend(candidates, x, depth)
 
     # -- readings ---------------------------------------------------------------------------------------------------
 
@@ -191,18 +172,56 @@ class ResNet(nn.Module):
         """Batch norms of one width; blocks that only the deepest option of a depth runs (any option: that not all run)."""
         for s in range(len(self.stages)):
             if choice == self.space.depth_name(s):
-                blocks, options = self.blocks(s), [int(d) for d in self.space.root[choice].options]
-                if option is None:
-                    return [p for block in blocks[options[0] :] for p in block.parameters()]
-                shared = max((d for d in options if d != option), default=0)
-                return [p for block in blocks[shared : max(option, shared)] for p in block.parameters()]
+                return only_deeper(self.blocks(s), self.space.root[choice].options, option)
         return [p for leaf in self.modules() if isinstance(leaf, Leaf) for p in leaf.owned(choice, option)]
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """Sorts the widths inside each block, from behind (``nas.protocols.Supernet``). The width of a block's last
+        convolution keeps its order: the sums tie it to the shortcut, the stage's other blocks and what comes after. Needs norm
+        "shared"."""
+        blocks = [block for s in range(len(self.stages)) for block in self.blocks(s)]
+        return [place for block in blocks for place in sort_chain(block.convs(), trained)]
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""
         for module in self.modules():
             if isinstance(module, Leaf):
                 module.reset(generator)
+
+
+def run_stage(blocks: Sequence[Block], depth: Setting, x: Tensor, arch: Mapping[str, Setting]) -> Tensor:
+    """The first ``depth`` blocks; of a mixture, the taps after each active depth at the widest width (TAS (9)).
+
+    ValueError for depths that ``blocks`` do not have, and for gates.
+    """
+    if not isinstance(depth, Mixture):
+        if not 1 <= int(depth) <= len(blocks):
+            raise ValueError(f"a stage cannot keep {depth} blocks. Allowed: 1 to {len(blocks)}.")
+        for block in blocks[: int(depth)]:
+            x = block(x, arch)
+        return x
+    if depth.idle == "gate":
+        raise ValueError("idle='gate' runs candidates again in the backward pass; the taps of a stage are one pass.")
+    taps: dict[int, Tensor] = {}
+    wanted = [int(depth.options[j]) for j in active(depth)]
+    for b, block in enumerate(blocks[: max(wanted)]):
+        x = block(x, arch)
+        if b + 1 in wanted:
+            taps[b + 1] = x
+    C = max(tap.shape[1] for tap in taps.values())
+    candidates = [lambda _, w, d=int(d): (interpolate_channels(taps[d], C), w) for d in depth.options]
+    return blend(candidates, x, depth)
+
+
+def only_deeper(blocks: Sequence[nn.Module], depths: Sequence[Any], option: Any = None) -> list[nn.Parameter]:
+    """The parameters of blocks that only the depth ``option`` of ``depths`` runs, where it is the deepest (None: that not all
+    depths run)."""
+    if option is None:
+        kept = blocks[min(depths) :]
+    else:
+        shared = max((d for d in depths if d != option), default=0)
+        kept = blocks[shared : max(option, shared)]
+    return [p for block in kept for p in block.parameters()]
 
 
 def _halved(hw: tuple[int, int]) -> tuple[int, int]:

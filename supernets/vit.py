@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.sizes import Segment, fixed
-from search_spaces.space import Mixture
+from search_spaces.space import Mixture, SearchSpace
 from search_spaces.vit import AutoFormer
 from search_spaces.vit import ViT as Space
 from supernets.attention import Attention, Mlp
@@ -21,6 +21,7 @@ from supernets.elastic import Arch, Leaf
 from supernets.extract import DropPath
 from supernets.layers import Layer, When, known_view
 from supernets.mixing import Candidate, active, blend
+from supernets.sorting import Moved
 from supernets.tokens import Patches, TokenLinear, TokenNorm
 
 
@@ -138,6 +139,10 @@ class ViT(nn.Module):
             return [p for block in blocks[options[0] :] for p in block.parameters()]
         shared = max((d for d in options if d != option), default=0)
         return [p for block in blocks[shared : max(int(option), shared)] for p in block.parameters()]
+
+    def sort_channels(self, trained: SearchSpace | None = None) -> Moved:
+        """None: all widths train from the first step, each channel in its place; none waits to be chosen (AutoFormer)."""
+        return []
 
     def reset(self, generator: torch.Generator) -> None:
         """Fresh weights from ``generator`` (a CPU generator), in module order."""

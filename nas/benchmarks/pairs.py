@@ -39,6 +39,10 @@ class Case(NamedTuple):
     goal: float | None
 
 
+Further = Callable[[Conditions, Mapping[str, int], str], Row]
+"""A measure of its own: (conditions, the program's numbers, layout) -> its figures."""
+
+
 class Option(NamedTuple):
     """A number that a program takes beside the conditions."""
 
@@ -129,9 +133,11 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 def program(
     module: str, doc: str | None, bench: type[Bench], cases: Mapping[str, Case], options: Mapping[str, Option],
-    argv: list[str] | None,
+    argv: list[str] | None, further: Mapping[str, Further] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The command line of a benchmark: measures, prints a table, returns the figures."""
+    """The command line of a benchmark: measures, prints a table, returns the figures. ``further``: measures that are no pairs
+    of steps; their rows are in the figures, each layout's."""
+    also = dict(further or {})
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--pairs", type=int, default=30)
@@ -142,7 +148,7 @@ def program(
         parser.add_argument(f"--{name}", type=int, default=option.default, help=option.help)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
-    parser.add_argument("--only", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--only", nargs="+", choices=[*cases, *also], default=[*cases, *also])
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -154,7 +160,7 @@ def program(
         return {}
     peak_batch = args.peak_batch or args.batch
     words = [f"--batch={peak_batch}", *(f"--{key}={getattr(args, key)}" for key in ("size", *options, "precision"))]
-    wanted = {name: cases[name] for name in args.only}
+    wanted = {name: cases[name] for name in args.only if name in cases}
     names = list(dict.fromkeys(name for case in wanted.values() for name in (case.ours, case.against)))
     figures: dict[str, Any] = {"conditions": asdict(conditions), "numbers": numbers, "torch": torch.__version__,
                                "peak_batch": peak_batch, "rows": [], "peaks": {}}  # fmt: skip
@@ -162,6 +168,9 @@ def program(
         figures["peaks"][layout] = memory(module, [*words, f"--layouts={layout}"], names)
         with one_thread():
             figures["rows"] += measure(bench(conditions, layout, numbers), wanted)
+            for name in (name for name in also if name in args.only):
+                found = {**also[name](conditions, numbers, layout), "layout": layout}
+                figures.setdefault("further", []).append(found)
     print(markdown(figures))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

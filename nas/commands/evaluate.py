@@ -1,24 +1,44 @@
-"""nas evaluate BUNDLE: accuracy of a plain network on a split, overall and per class."""
+"""nas evaluate BUNDLE: accuracy of a plain network on a split, overall and per class.
+
+nas evaluate RUN --arch largest --arch random:1 ...: of subnets in a run's weights, each with recalibrated batch norms.
+"""
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from nas.build import data_of, device_of, rebuild
 from nas.bundle import load_bundle
+from nas.commands.extract import arch_of, divided, load_source
 from nas.commands.retrain import recipe_in, same_task
 from nas.data import Data
-from nas.evaluate import score_plain
-from nas.recipe import UsageError, parse
+from nas.evaluate import score_archs, score_plain
+from nas.recipe import UsageError, option, parse, read
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas evaluate", exit_on_error=False, description="accuracy of a bundle")
+    parser = ArgumentParser(prog="nas evaluate", exit_on_error=False,
+                            description="accuracy of a bundle; of subnets of a run: see nas evaluate RUN --help")  # fmt: skip
     parser.add_class_arguments(Data, "data")
     parser.add_argument("--split", default="test", help="train, valid, select or test")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    return parser
+
+
+def _run_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="nas evaluate RUN", exit_on_error=False, description="accuracy of subnets of a run")
+    parser.add_argument("--arch", default="derived",
+                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%%, or an arch as text; "
+                             "may be given several times")  # fmt: skip
+    parser.add_argument("--split", default="test", help="train, valid, select or test")
+    parser.add_argument("--images", type=int | None, default=None, help="of the split; default all")
+    parser.add_argument("--bn_images", "--bn-images", type=int, default=2000, help="training images that recalibrate norms")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
@@ -31,7 +51,12 @@ def run(argv: Sequence[str]) -> int:
         if any(word in args for word in ("-h", "--help")):
             parse(parser, {}, args)
         raise UsageError("which bundle? nas evaluate BUNDLE, with a folder that nas extract or nas retrain wrote.")
-    bundle = load_bundle(Path(args.pop(0)), rebuild)
+    place = Path(args.pop(0))
+    if _searched(place):
+        return subnets(place, args)
+    if any(word.partition("=")[0] == "--arch" for word in args):
+        raise UsageError(f"--arch is for run folders of nas search, and {place} is none. A bundle is one network: no --arch.")
+    bundle = load_bundle(place, rebuild)
     config = parse(parser, {"data": recipe_in(bundle).get("data", {})}, args)
     data, device = data_of(config), device_of(config.device)
     same_task(bundle, data)
@@ -45,3 +70,37 @@ def run(argv: Sequence[str]) -> int:
         print(f"{name:20} {right / n if n else float('nan'):7.4f}  {right} of {n}")
     print(f"top-1 {scores.top1:.4f}, cross-entropy {scores.loss:.4f} on {scores.n:,} {data.reads(config.split)} images")
     return 0
+
+
+def subnets(folder: Path, args: Sequence[str]) -> int:
+    """Scores of the architectures that the words name, in the weights of the run that serve them."""
+    own, overrides = divided(args)
+    names: list[str] = []
+    while (name := option(own, "--arch")) is not None:
+        names.append(name)
+    config = parse(_run_parser(), {}, own)
+    for key in ("images", "bn_images"):
+        if config[key] is not None and config[key] < 1:
+            raise UsageError(f"--{key.replace('_', '-')} {config[key]} is too few. Allowed: 1 or more.")
+    source, built, _ = load_source(str(folder), [*overrides, f"--device={config.device}"])
+    split = built.data.reads(config.split)
+    names = names or [config.arch]
+    archs = [arch_of(name, source, built)[0] for name in names]
+    scores = []
+    for net, group in groupby(archs, key=built.strategy.network):
+        scores += score_archs(net, list(group), built.data, config.split, built.device, config.bn_images, config.images)
+    rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch)}
+            for name, arch, score in zip(names, archs, scores)]  # fmt: skip
+    if config.json:
+        print(json.dumps({"split": split, "n": scores[0].n, "subnets": rows}))
+        return 0
+    for row in rows:
+        print(f"{row['arch']:24} top-1 {row['top1']:.4f}  {row['macs']:>15,} MACs  {row['params']:>12,} parameters")
+    print(f"{len(rows)} subnets on {scores[0].n:,} {split} images, batch norm recalibrated on {config.bn_images:,}")
+    return 0
+
+
+def _searched(place: Path) -> bool:
+    """Whether ``place`` is a run folder of nas search."""
+    path = place / "config.yaml"
+    return path.is_file() and not (place / "model.safetensors").exists() and bool({"space", "python"} & read(path).keys())

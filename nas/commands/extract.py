@@ -36,7 +36,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
     parser.add_argument("--pt2", action="store_true", help="write model.pt2 (torch.export) too")
-    parser.add_argument("--bn-images", type=int, default=2000, help="training images that recalibrate batch norms")
+    parser.add_argument("--bn-images", type=int | None, default=None,
+                        help="training images that recalibrate batch norms; default: as for the reading in FILE, else 2000")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
@@ -55,7 +56,8 @@ def run(argv: Sequence[str]) -> int:
     if out is None:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
     arch, metrics = arch_of(config.arch, folder, built)
-    make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None and inherit, bn_images=config.bn_images,
+    bn_images = config.bn_images or metrics.get("top1", {}).get("bn_images", 2000)
+    make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None and inherit, bn_images=bn_images,
                    onnx=config.onnx, pt2=config.pt2)  # fmt: skip
     try:
         path, report = make(inherit=inherit)

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 import search_spaces
 from nas.budget import budget
-from nas.build import restricted
 from nas.cost import PRICES, CostTable
 from nas.recipe import UsageError, parse
+from search_spaces.patterns import restricted, tied
 from search_spaces.space import SearchSpace
 
 
@@ -23,7 +23,9 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas spaces", exit_on_error=False, description="what can be searched")
     parser.add_argument("name", nargs="?", default=None, help="for instance resnet.CifarResNet; none: the list")
     parser.add_argument("--args", type=dict[str, Any], default={}, help="its arguments: {depth: 56, kind: tas}")
-    parser.add_argument("--restrict", type=dict[str, Any], default={}, help="pattern -> options, largest or smallest")
+    parser.add_argument("--restrict", type=dict[str, Any], default={},
+                        help="pattern -> options, largest, smallest, or how many of the largest")
+    parser.add_argument("--tie", type=dict[str, Any], default={}, help="pattern -> {leader: NAME, values: {its option: own}}")
     parser.add_argument("--input", type=list[int], default=None,
                         help="channels, height, width of an image; else the size that the space is for, or [3,32,32]")
     parser.add_argument("--classes", type=int, default=10)
@@ -62,12 +64,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def classes() -> Iterator[tuple[str, type[SearchSpace]]]:
-    """Every space of the package, by the name that arch.json uses."""
+    """Every space of the package, by the name that arch.json uses; not the ``abstract`` classes that several share."""
     for module in pkgutil.iter_modules(search_spaces.__path__):
         found = importlib.import_module(f"search_spaces.{module.name}")
         for name, kind in vars(found).items():
             own = inspect.isclass(kind) and kind.__module__ == found.__name__
-            if own and issubclass(kind, SearchSpace) and kind is not SearchSpace:
+            if own and issubclass(kind, SearchSpace) and kind is not SearchSpace and "abstract" not in vars(kind):
                 yield f"{module.name}.{name}", kind
 
 
@@ -86,7 +88,7 @@ def make(kind: type[SearchSpace], args: dict[str, Any]) -> SearchSpace:
 
 def describe(whole: SearchSpace, config: Namespace) -> dict[str, Any]:
     """Choices, size and the costs of the smallest and largest architecture; the budget in MACs, if one is asked."""
-    space = restricted(whole, config.restrict)
+    space = tied(restricted(whole, config.restrict), config.tie)
     supernets = importlib.import_module("supernets." + space.name.partition(".")[0])
     costs = CostTable(supernets.build(space, config.input[0], config.classes), tuple(config.input[1:]))
     ends = {"smallest": space.smallest(), "largest": space.largest()}

@@ -65,7 +65,7 @@ class DARTS:
         if self.budget is not None:
             self.budget.start(self.costs, self.space)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 2 if self.order == 1 else 5
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

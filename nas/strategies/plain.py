@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nas.descent import Descent, Schedule, cosine, cosine_per_epoch
+from nas.descent import Descent
 from nas.losses import distillation, top1
 from nas.optimizers import optimizer
 from nas.protocols import Draw, Metrics, Moment, Setup
+from nas.schedules import Schedule, cosine, cosine_per_epoch
 from search_spaces.space import Arch, Setting, Value
 
 SCHEDULES = ("cosine_per_epoch", "cosine", "exponential")
@@ -43,7 +44,7 @@ class Plain:
     released code of NASNet, 1 scales it by time alone, 2 by depth alone, 3 by both (by depth: where the network does so).
     A net that is trained with either takes (x, drop) and, with a head, answers (2, B, N): its own logits and the head's
     (``supernets.extract.TrainingForm``). ``optimizer``: "sgd" (reads ``momentum``, ``nesterov``), "adam" or "adamw" (read
-    ``betas``).
+    ``betas``), or "rmsprop" (reads ``momentum``).
     """
 
     lr: float = 0.1
@@ -102,7 +103,7 @@ class Plain:
         warmup = self.warmup_epochs * setup.epoch_steps
         return lambda step: (step + 1) / warmup if step < warmup else self.gamma ** ((step - warmup) // setup.epoch_steps)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return self.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

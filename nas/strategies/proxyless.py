@@ -92,7 +92,7 @@ class Proxyless:
             if self.cost_loss == "mul_log" and self.budget.weight:
                 _above_one(self.budget)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         """2: of a step that moves both. With ``every`` > 1 the others have one."""
         return 2
 

@@ -56,7 +56,7 @@ class Random:
     def descent(self) -> Descent:
         return self.weights.descent(self.net.parameters(), self.setup._replace(steps=self.length))
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 1
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

@@ -91,7 +91,7 @@ class RARTS:
         for line in unstable(self.lam, self.beta, self.rate, momentum):
             _log.warning("%s", line)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 4 if self.mode == "gauss_seidel" else 2
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

@@ -45,7 +45,7 @@ class RSPS:
         self.w = self.weights.descent(self.net.parameters(), setup)
         self.chosen: Arch = self.space.smallest()
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 1
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

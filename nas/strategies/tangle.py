@@ -77,7 +77,7 @@ class Tangle:
         if self.budget is not None:
             self.budget.start(self.costs, self.space)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 2
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

@@ -31,9 +31,10 @@ from torch import Tensor
 
 from nas.alpha import Alpha
 from nas.budget import budget
-from nas.descent import Descent, cosine_per_epoch
+from nas.descent import Descent
 from nas.losses import top1
 from nas.protocols import Draw, Metrics, Moment, Setup
+from nas.schedules import cosine_per_epoch
 from search_spaces.space import Arch, Setting, Value
 
 
@@ -92,7 +93,7 @@ class TAS:
         adam = partial(torch.optim.Adam, lr=self.alpha_lr, betas=self.alpha_betas, weight_decay=self.alpha_weight_decay)
         self.a = Descent(self.alpha.parameters(), adam)
 
-    def passes(self) -> int:
+    def passes(self) -> float:
         return 2
 
     def update(self, draw: Draw, now: Moment) -> Metrics:

@@ -2,9 +2,9 @@
 
 Nets are tiny and float64. Every batch norm has random scales and shifts, or its sets could not be told apart.
 
-To add a kind of supernet: a function like ``scaled_preresnet`` below (of cells or of superposed sizes: in
-supernet_entries_cells or supernet_entries_superposed) that makes its Entry, from two functions that say, in the space's own
-words, which weights (``used``) and which norms (``norms``) an architecture runs.
+To add a kind of supernet: a function like ``scaled_preresnet`` below (of cells, superposed sizes or inverted blocks: in
+supernet_entries_cells, supernet_entries_superposed or supernet_entries_once) that makes its Entry, from two functions that
+say, in the space's own words, which weights (``used``) and which norms (``norms``) an architecture runs.
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from supernet_entries_cells import cells, nasnet_cells, sizes, topology
+from supernet_entries_once import ENTRIES as ONCE
+from supernet_entries_residual import RESIDUAL
 from supernet_entries_superposed import conv_macro, vision
 from supernet_entry import Entry, Part, Refused, classifier, named, parts
 
@@ -157,4 +159,6 @@ SUPERNETS = [
     vision("vit", lambda: vit.ViT([6, 8, 12], [1, 2, 3], [1, 2, 3], [1, 1.5, 2], head_dim=4, patch=2, image=8)),
     vision("vit-full", lambda: vit.ViT([4, 8], [2, 3], [1, 2], [1, 2.5], 4, 4, 8, relative_position=False, pool="token"),
            norm="full", both_sides=False),
+    *ONCE,
+    *RESIDUAL,
 ]

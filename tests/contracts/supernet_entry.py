@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     parameters. ``structure``: choices that must be hard while others are mixtures of two options. ``words``: settings that
     refuse an unknown word. ``refused``: what extraction refuses beside what all refuse.
     ``gain``: what fresh weights are multiplied by: a chain without norms loses its signal at PyTorch's start.
-    ``hard``: choices that refuse mixtures.
+    ``hard``: choices that refuse mixtures. ``constants``: parts of names of matrices that ``reset`` does not draw.
     """
 
     id: str
@@ -50,6 +50,7 @@ class Entry(NamedTuple):
     size: int = 8
     gain: float = 1.0
     hard: Callable[[SearchSpace], set[str]] = lambda space: set()
+    constants: tuple[str, ...] = ()
 
     def net(self) -> Any:
         net = self.make_net(self.make_space(), channels=3, classes=5, **self.settings).double()

@@ -3,21 +3,15 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from strategy_entries import (
-    BOTH,
-    EPOCH_STEPS,
-    KINDS,
     SEARCHES,
-    SEED,
-    STEPS,
     STRATEGIES,
     Draws,
-    Entry,
     Told,
     equal,
     nets,
@@ -30,26 +24,29 @@ from strategy_entries import (
     watch,
     whole,
 )
+from strategy_entry import EPOCH_STEPS, KINDS, SEED, STEPS, Entry, Restriction
+from torch import Tensor
 
 from nas import checkpoint
-from nas.bilevel import Alphas, Weights
 from nas.budget import Budget
 from nas.descent import Descent
 from nas.engine import moment
 from nas.losses import CrossEntropy
 from nas.protocols import Setup
+from nas.strategies.bignas import BigNAS
 from nas.strategies.darts import DARTS
 from nas.strategies.drnas import DrNAS
+from nas.strategies.fairnas import FairNAS
 from nas.strategies.gdas import GDAS
 from nas.strategies.proxyless import Proxyless
 from nas.strategies.random import Random
 from nas.strategies.rarts import RARTS
 from nas.strategies.rsps import RSPS
 from nas.strategies.snas import SNAS
+from nas.strategies.spos import SPOS
 from nas.strategies.tangle import Tangle
 from nas.strategies.tas import TAS
-from search_spaces import nats
-from search_spaces.space import Mixture, Value
+from search_spaces.space import Mixture, Setting, Value
 
 
 @pytest.fixture(params=map(param, STRATEGIES))
@@ -139,8 +136,12 @@ def test_the_weights_learn_from_train_and_the_alphas_from_valid(entry: Entry) ->
 
 
 def test_passes_are_the_forwards_and_backwards_of_a_step(entry: Entry) -> None:
+    """In every step, or, where steps differ, on the mean of the run."""
     strategy, told = whole(entry.id)
-    assert [step.passes for step in told] == [strategy.passes()] * STEPS == [step.backwards for step in told]
+    passes = [step.passes for step in told]
+    assert passes == [step.backwards for step in told] and min(passes) >= 1
+    alike = [strategy.passes()] * STEPS
+    assert passes == alike or (len(set(passes)) > 1 and sum(passes) == pytest.approx(sum(alike)))
 
 
 # -- time ---------------------------------------------------------------------------------------------------------------
@@ -187,6 +188,10 @@ def test_arch_is_what_the_next_weight_step_runs(search: Entry) -> None:
         assert search.runs == "path" or ran_by_w(step) != announced  # the same path may win again
         strategy.a.bases = [0.0]
     (step,) = watch(strategy, search, 1)
+    if search.runs == "sandwich":
+        assert len(step.ran) > 1
+        assert step.ran[0] == announced and search.first == step.stepped[0][0] == "w"
+        return
     assert ran_by_w(step) == announced and step.stepped[0][0] == search.first
     others = [arch for arch in step.ran if arch is not ran_by_w(step)]
     if search.runs == "sample" or isinstance(strategy, GDAS):  # every pass draws afresh
@@ -211,22 +216,47 @@ def ran_by_w(step: Told) -> dict[str, Any]:
 RESTRICTED = [param(entry, name) for entry in SEARCHES if entry.kind for name in KINDS[entry.kind].restrictions]
 
 
+def drawn(search: Entry, strategy: Any, restriction: Restriction) -> list[Mapping[str, Setting]]:
+    """What it would run. A path is one draw a reading: of one stream, which is as good as many. Of several children a step
+    those that some runs meet, by a net that costs nothing."""
+    if search.runs != "sandwich":
+        once = moment(0, STEPS, EPOCH_STEPS, SEED)
+        return [strategy.arch(now) for now in ([once] * 200 if search.runs == "path" else
+                                               [moment(step, 12, 4, SEED) for step in range(12)])]  # fmt: skip
+    met: list[Mapping[str, Setting]] = []
+    draw = Draws()
+    for seed in range(8):
+        strategy = started(search, restriction)
+
+        def forward(x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0, strategy: Any = strategy) -> Tensor:
+            met.append(dict(arch))
+            return next(strategy.net.parameters()).sum() * x.new_ones(len(x), 10)
+
+        strategy.net.forward = forward
+        for step in range(STEPS):
+            strategy.update(draw, moment(step, STEPS, EPOCH_STEPS, seed))
+    return met
+
+
 @pytest.mark.parametrize("search, name", RESTRICTED)
 def test_a_restriction_is_honoured(search: Entry, name: str) -> None:
     """No forbidden option is sampled, believed in or derived, and what is left is sampled."""
     assert search.kind is not None
-    strategy = started(search, KINDS[search.kind].restrictions[name])
-    space, legal = strategy.setup.space, "a" not in search.moves  # drawn by the space itself: canonical, and no dead cell
+    restriction = KINDS[search.kind].restrictions[name]
+    if name in search.refuses:
+        with pytest.raises(ValueError, match="Restrict"):
+            started(search, restriction)
+        return
+    strategy = started(search, restriction)
+    space, legal = strategy.setup.space, search.legal and "a" not in search.moves  # drawn by the space: canonical, no dead cell
     met: set[tuple[str, Value]] = set()
-    once = moment(0, STEPS, EPOCH_STEPS, SEED)  # a path is one draw a reading: of one stream, which is as good
-    for now in [once] * 200 if search.runs == "path" else [moment(step, 12, 4, SEED) for step in range(12)]:
-        arch = strategy.arch(now)
+    for arch in drawn(search, strategy, restriction):
         live = space.counting(arch) if legal else arch.keys()
         for setting_of, setting in arch.items():
             allowed = space[setting_of].options
             if not isinstance(setting, Mixture):
                 assert setting in allowed if setting_of in live else setting == space.root[setting_of].options[0]
-                assert search.runs == "path" or len(allowed) == 1
+                assert search.runs in ("path", "sandwich") or len(allowed) == 1
                 met.update({(setting_of, setting)} if setting_of in live and len(allowed) > 1 else ())
                 continue
             computed = range(len(setting.options)) if setting.active is None else setting.active
@@ -328,59 +358,7 @@ def test_a_strategy_without_a_budget_fits_everything(search: Entry) -> None:
         assert strategy.fits(strategy.space.smallest()) and strategy.fits(strategy.space.largest())
 
 
-# -- what the alphas' hyper-parameters say ------------------------------------------------------------------------------
-
-WARM: list[tuple[Callable[[Alphas], Any], tuple[str, ...]]] = [
-    (lambda alphas: DARTS(alphas=alphas), ("train",)), (lambda alphas: DARTS(order=1, alphas=alphas), ("train",)),
-    (lambda alphas: SNAS(alphas=alphas), ("train",)), (lambda alphas: GDAS(alphas=alphas), ("train",)),
-    (lambda alphas: RARTS(alphas=alphas), ("train", "valid")),
-    (lambda alphas: RARTS(mode="jacobi", alphas=alphas), ("train", "valid")),
-    (lambda alphas: DrNAS(alphas=alphas), ("train",)), (lambda alphas: Tangle(alphas=alphas), ("train",)),
-    (lambda alphas: Tangle("gumbel", alphas=alphas), ("train",)),
-    (lambda alphas: Proxyless(every=1, alphas=alphas), ("train",)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("make, asks", WARM, ids=["darts-2", "darts-1", "snas", "gdas", "rarts", "rarts-jacobi", "drnas",
-                                                  "tangle", "tangle-gumbel", "proxyless"])  # fmt: skip
-def test_alphas_wait_for_their_warm_up(make: Callable[[Alphas], Any], asks: tuple[str, ...]) -> None:
-    """One epoch: the weights learn, the logits stay; what arch announces is what they run. Then the logits move."""
-    entry = Entry("warm", lambda: make(Alphas(warmup_epochs=1)), "cells", BOTH)
-    strategy, draw = started(entry), Draws()
-    w, a = values(strategy.w), values(strategy.a)
-    announced, ran = plainly(strategy.arch(moment(0, STEPS, EPOCH_STEPS, SEED))), list[dict[str, Any]]()
-    hook = strategy.net.register_forward_pre_hook(lambda net, given: ran.append(plainly(given[1])))
-    metrics = run(strategy, draw, end=1)[0]
-    hook.remove()
-    assert ran == [announced] and draw.asked == list(asks) and "alpha/grad_norm" not in metrics
-    assert not equal(values(strategy.w), w) and equal(values(strategy.a), a)
-    (metrics,) = run(strategy, draw, start=3, end=4)
-    assert not equal(values(strategy.a), a) and "alpha/grad_norm" in metrics
-
-
-@pytest.mark.parametrize("make", [make for make, _ in (*WARM[1:5], *WARM[6:8])],
-                         ids=["darts", "snas", "gdas", "rarts", "drnas", "tangle"])  # fmt: skip
-def test_the_skip_limit_holds_in_what_is_derived(make: Callable[[Alphas], Any]) -> None:
-    for limit, expected in ((None, 6), (2, 2), (0, 0)):
-        strategy = started(Entry("skips", lambda limit=limit: make(Alphas(skip_limit=limit)), "cells", BOTH))  # type: ignore[misc]
-        with torch.no_grad():
-            strategy.alpha.logits["5"][:, nats.OPS.index("skip_connect")] += 3.0
-        assert list(strategy.architecture().values()).count("skip_connect") == expected
-
-
-@pytest.mark.parametrize("wrong", [{"warmup_epochs": -1}, {"skip_limit": -1}])
-def test_negative_waits_and_limits_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="Allowed: 0 or more"):
-        Alphas(**wrong)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.1, 0.2), (-0.1, -0.1), (0.1, -0.1)])
-def test_rates_that_do_not_fall_are_refused(rates: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="Allowed: 0 <= lr_min <= lr, lr above 0"):
-        Weights(*rates)
-
-
-@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, DrNAS, Tangle, RSPS, Random, TAS, Proxyless])
+@pytest.mark.parametrize("make", [DARTS, RARTS, SNAS, GDAS, DrNAS, Tangle, RSPS, Random, TAS, Proxyless, SPOS, FairNAS, BigNAS])
 def test_a_search_without_a_space_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="searches a space: give the run a supernet, its space and a cost table"):
         make().start(Setup(plain_net(1), None, None, CrossEntropy(), None, STEPS, EPOCH_STEPS, 0))

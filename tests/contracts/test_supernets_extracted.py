@@ -24,6 +24,9 @@ from supernets.elastic import ElasticConv
 from supernets.extract import extract
 from supernets.printer import check, source
 
+FIVE = ("mobilenet-transform", "proxyless", "bignas", "attentive")
+ONCE = (*FIVE, "mobilenet-crop", "mobilenet-7")
+
 
 @pytest.fixture(params=SUPERNETS, ids=lambda entry: entry.id)
 def entry(request: pytest.FixtureRequest) -> Entry:
@@ -72,7 +75,7 @@ def test_predicted_costs_are_counted_costs(entry: Entry) -> None:
 
 def test_the_extracted_network_is_the_supernet(entry: Entry) -> None:
     net = entry.net()
-    n = {"all": 5 if entry.id in ("cifar20-tied", "topology") else 2, "largest": 0, "none": 0}[entry.inherits]
+    n = {"all": 5 if entry.id in ("cifar20-tied", "topology", *FIVE) else 2, "largest": 0, "none": 0}[entry.inherits]
     if entry.inherits != "none":
         check_inherited(entry, net, [net.space.largest(), *archs(net.space, n)])
     if entry.inherits != "all":
@@ -101,6 +104,16 @@ def test_fifty_random_archs_of_the_smallest_member() -> None:
     check_costs(entry, net, archs(net.space, 50))
     free = entry._replace(make_space=lambda: CifarResNet(8, "tas", widths=(4, 6, 8)))
     check_costs(free, free.net(), archs(free.make_space(), 50))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("id", ONCE)
+def test_fifty_random_archs_of_inverted_blocks(id: str) -> None:
+    (entry,) = (entry for entry in SUPERNETS if entry.id == id)
+    net = entry.net()
+    found = archs(net.space, 50, seed=5)
+    check_inherited(entry, net, found)
+    check_costs(entry, net, found)
 
 
 @pytest.mark.slow
@@ -153,8 +166,8 @@ def test_a_width_without_a_norm_is_refused(entry: Entry) -> None:
     for leaf in net.modules():
         if isinstance(leaf, ElasticConv) and leaf.norm is not None and len(leaf.out[0].size.on) == 1:
             (name,), of = leaf.out[0].size.on, leaf.out[0].size.of
-            low, *_, high = net.space[name].options
-            cases += [(leaf.name, name, off, of(off)) for off in range(low, high) if of(off) not in leaf.widths]
+            options = net.space[name].options
+            cases += [(leaf.name, name, off, of(off)) for off in range(options[0], options[-1]) if of(off) not in leaf.widths]
     if not cases:
         pytest.skip("no convolution of this supernet has an elastic width with a batch norm behind it")
     path, name, off, width = cases[0]
@@ -225,7 +238,7 @@ print(json.dumps({"isolated": sys.flags.isolated, "ours": ours}))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("id", ["cifar20-tied", "cifar20-tas", "preresnet20", "topology", "sizes", "nasnet", "conv-macro",
-                                "vit"])  # fmt: skip
+                                "vit", "mobilenet-transform", "attentive"])  # fmt: skip
 def test_a_bundle_loads_where_only_torch_is_installed(id: str, tmp_path: Path) -> None:
     (entry,) = (entry for entry in SUPERNETS if entry.id == id)
     net, inherit = entry.net().float(), entry.inherits == "all"

@@ -23,7 +23,8 @@ class At(NamedTuple):
     """The signal ``number`` when ``place`` is reached for the ``nth`` time (from 1).
 
     Places: "update": a step begins. "written": a checkpoint is in its temporary file. "moved": the former one is
-    previous.pt, and there is no last.pt. "line": half a line of metrics is written.
+    previous.pt, and there is no last.pt. "line": half a line of metrics is written. "scored": subnets that a searcher asked for
+    have been read, but not kept.
     """
 
     number: int
@@ -58,6 +59,8 @@ def _arm(at: At) -> None:
     """Put the signal into the functions that reach the place."""
     import nas.log
     from nas import checkpoint
+    from nas.scores import ScoreFile
+    from nas.strategies.ofa import OFA
     from nas.strategies.plain import Plain
     from nas.strategies.tas import TAS
 
@@ -72,7 +75,7 @@ def _arm(at: At) -> None:
     def fire() -> None:
         os.kill(os.getpid(), at.number)
 
-    for kind in (TAS, Plain):
+    for kind in (TAS, Plain, OFA):
         @functools.wraps(kind.update)  # recipes are checked against the signature
         def update(self: Any, *given: Any, whole: Any = kind.update) -> Any:
             if reach("update"):
@@ -97,5 +100,13 @@ def _arm(at: At) -> None:
             fire()
         write_line(file, row)
 
+    add = ScoreFile.add
+
+    def adding(self: Any, *given: Any) -> None:
+        if reach("scored"):
+            fire()
+        add(self, *given)
+
+    ScoreFile.add = adding  # type: ignore[method-assign]
     checkpoint.os.replace = moving  # type: ignore[assignment]
     nas.log._write_line = writing

@@ -117,7 +117,7 @@ def photo(mode: str) -> Words:
 
 CASES: dict[str, tuple[Words, list[str]]] = {
     # recipes and keys
-    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit' is not known. Nearest: tas-digits. Allowed: darts-"]),
+    "recipe unknown": (verb("search", "tas-digit"), ["'tas-digit' is not known. Nearest: tas-digits. Allowed: alphanet-"]),
     "recipe missing": (verb("search", "nope.yaml"), ["nope.yaml", "no such file"]),
     "recipe unnamed": (verb("search", "--epochs", "3"), ["which recipe", "tas-digits"]),
     "recipe a list": (recipe("- a\n- b\n"), ["mine.yaml", "keys and values"]),

@@ -9,12 +9,13 @@ import yaml
 from cli import SEARCH, ok
 
 from nas.budget import budget
-from nas.build import restricted
 from nas.commands.retrain import base_of
 from nas.cost import CostTable
 from nas.recipe import SHIPPED, build, find, option, parse, plain_config, read, retrain_parser, search_parser
+from nas.strategies.fairnas import FairNAS, options
 from nas.strategies.plain import Plain
 from nas.strategies.tas import TAS
+from search_spaces.patterns import restricted, tied
 
 RECIPES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
@@ -30,14 +31,15 @@ def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     recipe = read(find(name))
     config = parse(search_parser(), recipe, [])
     shape, classes = IMAGES[config.data.name]
-    space = restricted(build(config.space), config.restrict)
+    space = tied(restricted(build(config.space), config.restrict), config.tie)
     with torch.device("meta"):  # no memory and no numbers: only costs are read
         net = build(config.supernet, space=space, channels=shape[0], classes=classes)
     strategy = build(config.strategy)
     side = (config.data.size, config.data.size) if config.data.size else shape[1:]
     costs, own = CostTable(net, side), getattr(strategy, "budget", None)
     target = strategy.target if isinstance(strategy, TAS) else own.target if own else None
-    assert (isinstance(strategy, TAS) or not name.startswith("tas-")) and strategy.passes() >= 1
+    passes = options(space) if isinstance(strategy, FairNAS) else strategy.passes()  # as the space says
+    assert (isinstance(strategy, TAS) or not name.startswith("tas-")) and passes >= 1
     if target is not None:
         assert costs.of(space.smallest()) < budget(target, costs, space) < costs.of(space.largest())
     retraining = parse(retrain_parser(), base_of(recipe), [])

@@ -61,6 +61,9 @@ class Edges(nn.Module):
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
         return []
 
+    def sort_channels(self, trained: SearchSpace | None = None) -> list[Any]:
+        return []
+
     def reset(self, generator: torch.Generator) -> None:
         """The numbers of this file are the weights."""
 

@@ -3,8 +3,6 @@ normalises each rank's share separately: gradients of the look-ahead, of both co
 are the same on every rank. Run as a script, it is one rank."""
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,18 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rank_runs import ALONE, assert_one, child, fit, of_both, on_two_ranks
 from torch import Tensor
 
-from nas import ranks
 from nas.bilevel import Alphas, Weights
 from nas.budget import Budget
-from nas.cost import CostTable
-from nas.data import Data
-from nas.feed import Feed
-from nas.losses import CrossEntropy
-from nas.protocols import Batch, Setup
+from nas.protocols import Setup
 from nas.ranks import Ranks
-from nas.run import Run
 from nas.strategies.darts import DARTS
 from nas.strategies.drnas import DrNAS
 from nas.strategies.gdas import GDAS
@@ -42,8 +35,6 @@ from supernets.macro import ConvMacro
 from supernets.nats import Topology
 from supernets.preresnet import PreResNet
 
-ROOT = Path(__file__).parents[2]
-STEPS, EPOCH_STEPS, SEED = 8, 4, 3
 WEIGHTS = Weights(lr=0.1, lr_min=0.02, clip=1.0)
 SETTINGS: dict[str, Any] = {"weights": WEIGHTS, "alphas": Alphas(lr=0.05)}
 
@@ -94,91 +85,28 @@ def searched(name: str) -> tuple[SearchSpace, type[Any]]:
     return (Scaled(11, widths=(2, 3, 4)), PreResNet) if name == "scales" else (Cells(4, 1), Topology)
 
 
-def shares(supernet: type[Any]) -> type[Any]:
-    """One process in place of two: each half of a batch meets its own batch statistics."""
-
-    class Shares(supernet):  # type: ignore[misc]
-        def forward(self, x: Tensor, arch: Mapping[str, Setting], drop: float = 0.0) -> Tensor:
-            return torch.cat([super(Shares, self).forward(half, arch, drop) for half in x.chunk(2)])
-
-    return Shares
-
-
-class Doubled:
-    """The feed in float64; remembers which images it gave out."""
-
-    def __init__(self, feed: Feed) -> None:
-        self.feed, self.seen = feed, []  # type: ignore[var-annotated]
-        self.state_dict, self.load_state_dict = feed.state_dict, feed.load_state_dict
-
-    def __call__(self, split: str, size: int | None = None, odds: Any = None) -> Batch:
-        x, y, index = self.feed(split, size, odds)
-        self.seen.append(index)
-        return Batch(x.double(), y, index)
-
-
-def fit(folder: Path, me: Ranks, name: str, shared: bool = False) -> dict[str, Any]:
-    """Eight steps of a run in ``folder``: weights, copies, alphas, the images seen, what is derived."""
-    data = Data("digits", batch_size=16, augment=["crop"], valid_fraction=0.5)
-    space, supernet = searched(name)
-    net = (shares(supernet) if shared else supernet)(space, channels=1, classes=10).double()
-    net.reset(torch.Generator().manual_seed(1 + me.rank))  # rank 0's are broadcast
-    setup = Setup(net, space, CostTable(net, (8, 8)), CrossEntropy(), None, STEPS, EPOCH_STEPS, data.count("train"))
-    draw = Doubled(data.feed(SEED, "cpu", me.rank, me.world))
-    strategy, run = STRATEGIES[name](), Run(folder, {"strategy": name}, ranks=me, period=3)
-    try:
-        outcome = run.fit(strategy, setup, draw, seed=SEED)
-    finally:
-        run.close()
-    assert outcome.step == STEPS
-    copies = [strategy.twin] if isinstance(strategy, RARTS) else []
-    return {
-        "weights": flat(net), "copies": torch.cat([torch.zeros(0).double(), *map(flat, copies)]),
-        "alphas": torch.zeros(0).double() if name in NO_ALPHAS else flat(strategy.alpha),
-        "winner": flat(strategy.network(strategy.architecture())), "seen": torch.stack(draw.seen),
-        "architecture": strategy.architecture(), "valid": [score["top1"] for score in getattr(strategy, "scores", [])],
-    }  # fmt: skip
-
-
-def flat(module: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+def fit_named(folder: Path, me: Ranks, name: str, shared: bool = False) -> dict[str, Any]:
+    return fit(folder, me, STRATEGIES[name](), *searched(name), shared)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where two ranks ran all strategies."""
-    folder = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, __file__, str(folder)], env=env, timeout=600, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return on_two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks_are_one_process_on_the_whole_batch(both: Path, tmp_path: Path, name: str) -> None:
-    first, second = (torch.load(both / f"{name}-{i}.pt", weights_only=True) for i in range(2))
-    one = fit(tmp_path / "one", Ranks(0, 1, 0, True), name, shared=True)
-    for part in ("weights", "copies", "alphas", "winner"):
-        assert torch.equal(first[part], second[part])
-        assert first[part].dtype == torch.float64 and torch.allclose(first[part], one[part], rtol=0, atol=1e-10)
-    assert torch.equal(torch.cat([first["seen"], second["seen"]], dim=1), one["seen"])  # disjoint shares of one batch
-    assert first["architecture"] == second["architecture"] == one["architecture"]
+    first, second = of_both(both, name)
+    one = fit_named(tmp_path / "one", ALONE, name, shared=True)
+    assert_one(first, second, one)
     assert first["valid"] == second["valid"] == pytest.approx(one["valid"])
     assert bool(len(first["alphas"])) == (name not in NO_ALPHAS)
     assert len(first["copies"]) == (len(first["weights"]) if name in COPIES else 0)
-    whole = fit(tmp_path / "whole", Ranks(0, 1, 0, True), name)  # and the shares matter
+    whole = fit_named(tmp_path / "whole", ALONE, name)  # and the shares matter
     assert torch.allclose(whole["weights"], one["weights"], rtol=0, atol=1e-4) == (name in WITHOUT_NORMS)
 
 
-def child(folder: Path) -> None:
-    """What each of the two processes does."""
-    me = ranks.start("cpu")
-    for name in STRATEGIES:
-        torch.save(fit(folder / name, me, name), folder / f"{name}-{me.rank}.pt")
-    ranks.stop()
-
-
 if __name__ == "__main__":
-    child(Path(sys.argv[1]).resolve())
+    child(STRATEGIES, fit_named, Path(sys.argv[1]).resolve())

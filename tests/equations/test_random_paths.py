@@ -51,6 +51,9 @@ class Rule(nn.Module):
     def owned(self, choice: str, option: Any = None) -> list[nn.Parameter]:
         return []
 
+    def sort_channels(self, trained: SearchSpace | None = None) -> list[Any]:
+        return []
+
     def reset(self, generator: torch.Generator) -> None:
         with torch.no_grad():
             self.w.copy_(torch.randn(2, generator=generator))

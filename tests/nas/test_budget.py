@@ -213,7 +213,7 @@ def test_other_prices() -> None:
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"target": "half"}, "budget.target = 'half' is not a budget. Allowed: a share such as 55%"),
+    ({"target": "half"}, "budget.target = 'half' is not a budget. Allowed: a share .55%."),
     ({"target": "55%", "price": "flops"}, "budget.price = 'flops' is not known. Allowed: macs, params, activations, or"),
     ({"target": "55%", "weight": -1.0}, "budget.weight = -1.0 is no weight"),
     ({"target": "55%", "weight": math.inf}, "budget.weight = inf is no weight"),

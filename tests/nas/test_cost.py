@@ -260,7 +260,7 @@ def test_a_share_is_of_the_root_even_where_the_space_is_restricted() -> None:
 
 
 @pytest.mark.parametrize("given, words", [
-    ("half", "floor = 'half' is not a budget. Allowed: a share such as 55%, or a number"),
+    ("half", "floor = 'half' is not a budget. Allowed: a share .55%., or a number"),
     ("%", "floor = '%' is not a budget"), ("", "floor = '' is not a budget"), ("1e", "is not a budget"),
     ("0%", "floor = 0% .* cannot be reached"), (-5, "floor = -5 .* cannot be reached"),
     ("nan", "floor = nan .* cannot be reached"),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam
 
-from nas.descent import Descent, constant, cosine, cosine_per_epoch, linear
+from nas.descent import Descent
+from nas.schedules import constant, cosine, cosine_per_epoch, linear
 
 momentum_sgd = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 nesterov_sgd = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)

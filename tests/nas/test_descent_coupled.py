@@ -18,7 +18,8 @@ from test_descent import OPTIMIZERS, adam, assert_same, grad_of, momentum_sgd, p
 from torch.optim import SGD
 
 from nas import ranks
-from nas.descent import Descent, average, linear
+from nas.descent import Descent, average
+from nas.schedules import linear
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from nas import checkpoint
-from nas.descent import Descent, cosine
+from nas.descent import Descent
 from nas.engine import Outcome, Progress, Stop, moment, seed_from, signals, train
 from nas.log import METRICS, SYSTEM, NonFiniteLoss
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Moment, Setup
 from nas.run import Run
+from nas.schedules import cosine
 
 ROOT = Path(__file__).parents[2]
 STEPS, EPOCH_STEPS = 24, 6

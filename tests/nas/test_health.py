@@ -10,7 +10,7 @@ import torch
 
 from nas import health
 from nas.alpha import Alpha
-from nas.health import Health, entropy, read, relaxed, warnings
+from nas.health import Health, collapsed, entropy, read, relaxed, warnings
 from search_spaces.darts import DARTS_V1, DARTS_V2, Cells
 from search_spaces.nats import Topology
 from search_spaces.resnet import CifarResNet
@@ -218,3 +218,15 @@ def test_every_threshold_says_why() -> None:
     for name in ("SKIPS", "NONES", "NARROWEST", "LEAN", "DECIDED", "EARLY", "LATE", "GAP", "GONE"):
         (line,) = [line for line in source.splitlines() if line.startswith(f"{name} = ")]
         assert len(line.partition("  # ")[2]) > 20
+
+
+def test_a_supernet_that_falls_back_to_chance_is_told_of() -> None:
+    def row(smallest: float, largest: float) -> dict[str, float]:
+        return {"step": 9, "subnet/smallest/top1": smallest, "subnet/largest/top1": largest}
+
+    assert collapsed([], row(0.1, 0.1), 10) == {}  # never learnt
+    assert collapsed([row(0.1, 0.19)], row(0.1, 0.1), 10) == {}
+    assert collapsed([row(0.5, 0.6)], row(0.13, 0.3), 10) == {}
+    said = collapsed([row(0.1, 0.1), row(0.1, 0.6)], row(0.1, 0.12), 10)
+    assert set(said) == {"collapse"} and "largest fell to chance (10%)" in said["collapse"]
+    assert "smallest" not in said["collapse"]

@@ -95,11 +95,11 @@ def built(fits: Any = lambda arch: True, steps: int = 12, passes: int = 2) -> An
 
 
 def test_the_random_networks_share_the_passes_of_the_search() -> None:
-    assert [Beside(n).length(built()) for n in (0, 1, 3, 5, 24)] == [0, 24, 8, 4, 1]
-    assert Beside(8).length(built(passes=5)) == 7
+    assert [Beside(n).length(built(), built().strategy) for n in (0, 1, 3, 5, 24)] == [0, 24, 8, 4, 1]
+    assert Beside(8).length(built(passes=5), built(passes=5).strategy) == 7
     for networks in (-1, 25):
         with pytest.raises(ValueError, match=rf"beside.random = {networks} networks\. Allowed: 0 \(none\) to 24, .*12 steps"):
-            Beside(networks).length(built())
+            Beside(networks).length(built(), built().strategy)
 
 
 def test_draws_meet_the_budget_as_far_as_there_are_any() -> None:

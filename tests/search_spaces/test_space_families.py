@@ -10,23 +10,30 @@ import pytest
 
 import search_spaces
 from search_spaces.arch import ArchFile, space_of
+from search_spaces.bignas import AttentiveNAS, BigNAS
 from search_spaces.darts import AMOEBANET, NASNET, Cells
 from search_spaces.macro import ConvMacro
+from search_spaces.mobilenet import OFAMobileNetV3, OFAProxyless
 from search_spaces.nasnet import NASNet
 from search_spaces.nats import Sizes, Topology
 from search_spaces.resnet import CifarResNet, ImageNetResNet
+from search_spaces.resnet50d import OFAResNet50D
 from search_spaces.space import SearchSpace
 from search_spaces.vit import AutoFormer, ViT
 
 SPACES: list[SearchSpace] = [
     CifarResNet(8, "tas", widths=(4, 8, 16)), CifarResNet(14, "tied"), CifarResNet(20, "tas"), CifarResNet(32),
     CifarResNet(44), CifarResNet(56), CifarResNet(110, "tas"), CifarResNet(164, "tas"), CifarResNet(164),
+    OFAResNet50D(), OFAResNet50D(0.125, (1, 1, 2, 1), (32, 48)),
     ImageNetResNet(18), ImageNetResNet(34, "tas"), ImageNetResNet(50, "tas"), ImageNetResNet(50),
     Topology(), Topology(4, 1), Sizes(), Cells(), Cells(48, 14, "imagenet"), Cells(4, 3, nodes=2, reduce_concat=[3]),
     Cells(4, 3, nodes=3, ops=("none", "skip_connect", "sep_conv_7x7")), Cells.of(NASNET), Cells.of(AMOEBANET, 4, 5),
     NASNet(), NASNet(2, 8, "imagenet", 16, True, blocks=2),
     ConvMacro(), ConvMacro(((2, 3), (3, 4), (4, 6), (5, 8)), (3, 5, 9), 7, (6, 5), 16, 0.25),
     AutoFormer(), AutoFormer("base", 4, 32), ViT([6, 8, 12], [1, 2, 3], [1, 2, 3], [1, 1.5, 2], 4, 2, 8),
+    OFAMobileNetV3(), OFAMobileNetV3(1.2, resolution=()), OFAMobileNetV3(0.35, True, (7,), (2, 3), (1, 2, 4), (16, 17)),
+    OFAProxyless(), OFAProxyless(0.3, True, (3, 5)), BigNAS(), BigNAS(True, 0.3), AttentiveNAS(),
+    AttentiveNAS(True, 0.25, [(1, 2)] * 7, (8, 9)),
 ]
 all_spaces = pytest.mark.parametrize("space", SPACES, ids=str)
 
