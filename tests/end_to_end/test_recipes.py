@@ -1,6 +1,7 @@
 """Every shipped recipe parses, its space, supernet and strategy can be built, and its budgets can be met."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from nas.commands.retrain import base_of
 from nas.cost import CostTable
 from nas.recipe import SHIPPED, build, find, option, parse, plain_config, read, retrain_parser, search_parser
 from nas.strategies.fairnas import FairNAS, options
+from nas.strategies.ofa import OFA, PHASES, opened
 from nas.strategies.plain import Plain
 from nas.strategies.tas import TAS
 from search_spaces.patterns import restricted, tied
@@ -39,6 +41,8 @@ def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     costs, own = CostTable(net, side), getattr(strategy, "budget", None)
     target = strategy.target if isinstance(strategy, TAS) else own.target if own else None
     passes = options(space) if isinstance(strategy, FairNAS) else strategy.passes()  # as the space says
+    if isinstance(strategy, OFA):  # refuses phases that leave a choice shut
+        assert opened(space, strategy.phases or PHASES)[-1].size == space.size
     assert (isinstance(strategy, TAS) or not name.startswith("tas-")) and passes >= 1
     if target is not None:
         assert costs.of(space.smallest()) < budget(target, costs, space) < costs.of(space.largest())
@@ -70,6 +74,16 @@ def test_a_runs_config_reads_back_as_itself(name: str) -> None:
         (once["strategy"]["init_args"].get("weights") or once["strategy"]["init_args"])["clip"] is None
     )  # null is said, not left out
     assert not {"out", "resume", "device", "dry_run", "max_time", "json"} & set(once)
+
+
+@pytest.mark.slow
+def test_a_strategy_whose_passes_follow_from_the_space_can_be_searched(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ok("search", "fairnas-nb201-cifar10", "--data.name", "digits", "--data.batch_size", "256", "--space.C", "4",
+       "--space.N", "1", "--epochs", "1", "--select.evaluations", "3", "--select.bn_images", "256", "--threads", "1",
+       "--out", str(out))  # fmt: skip
+    said = json.loads((out / "arch.json").read_text())
+    assert said["provenance"]["strategy"] == "fairnas" and said["provenance"]["scored"] == 3
 
 
 def test_overrides_win_whatever_their_spelling() -> None:
