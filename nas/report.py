@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -49,14 +50,14 @@ def report(
         _asked(built, config),
         "## Result\n\n" + _found(built, picks, pick),
     ]
+    warned = warning_lines(picks.warned, picks.history[-1]["step"])
     if picks.derive:
-        warned = warning_lines(picks.warned, picks.history[-1]["step"])
         parts.append("## Health\n\n" + health_table(picks.history) + "\n\n" + warned)
     else:
-        parts.append("## Subnets\n\n" + health_table(picks.history))
+        parts.append("## Subnets\n\n" + health_table(picks.history) + ("\n\n" + warned if picks.warned else ""))
     if random is not None:
         parts.append("## Random search at equal cost\n\n" + comparison(random))
-    return "\n\n".join([*parts, "## Go on\n\n" + _go_on(config, folder, random)]) + "\n"
+    return "\n\n".join([*parts, "## Go on\n\n" + _go_on(config, folder, random, _reached(built))]) + "\n"
 
 
 def against_budget(budget: Budget, arch: Mapping[str, Value]) -> str:
@@ -169,13 +170,20 @@ def warning_lines(warned: Mapping[str, Mapping[str, Any]], end: float) -> str:
     return "\n".join(lines)
 
 
-def _go_on(config: Mapping[str, Any], folder: Path, random: Mapping[str, Any] | None) -> str:
+def _reached(built: Built) -> str:
+    """The smallest share of the largest network's MACs, in tens, that the space reaches: "40%"."""
+    space = built.space
+    return f"{10 * math.ceil(10 * built.costs.of(space.smallest()) / built.costs.of(space.root.largest()))}%"
+
+
+def _go_on(config: Mapping[str, Any], folder: Path, random: Mapping[str, Any] | None, share: str) -> str:
+    """``share``: a budget that the space reaches."""
     if "python" in config:
         return "    found.bundle('my-bundle')    # in the script that searched: the plain network\n    nas retrain my-bundle"
     run, bundle = (shlex.quote(str(path)) for path in (folder, folder / "bundle"))
     lines = [f"nas extract {run}", f"nas retrain {bundle}", f"nas rank {run} --truth TABLE.csv --value COLUMN"]
     if config.get("searcher"):
-        lines.append(f"nas select {run} --macs-at-most 40%")
+        lines.append(f"nas select {run} --macs-at-most {share}")
     if random is not None:
         best = shlex.quote(str(folder / "random-bundle"))
         lines += [f"nas extract {run} --arch {shlex.quote(random['arch'])} --from scratch --out {best}", f"nas retrain {best}"]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +36,8 @@ _log = logging.getLogger("nas")
 AT_ONCE = 16
 """Subnets whose statistics are held at once: the recalibration images are loaded once for all of them."""
 FOLDER = "picks"
+SHOWN = 10.0
+"""Seconds between lines of progress."""
 UNREAD = ("workers", "download")
 """Settings of the data that change no reading."""
 
@@ -73,7 +77,8 @@ def select(
     scores = ScoreFile(folder / FOLDER, built.space, about(built, limits, config, step))
     state = folder / FOLDER / f"{limits.named()}.pt"
     asked, fresh = _resume(searcher, limits, scores, state), 0
-    most = float("inf") if limits.evaluations is None else limits.evaluations
+    most = math.inf if limits.evaluations is None else limits.evaluations
+    shown = time.monotonic()
     writer = SummaryWriter(str(folder / FOLDER / "events" / limits.named()), purge_step=asked)
     try:
         while asked < most and len(codes := searcher.ask(int(min(AT_ONCE, most - asked)))):
@@ -83,6 +88,9 @@ def select(
             if read:
                 checkpoint.write(state, {"about": scores.about, "asked": asked, "searcher": searcher.state()})
                 _note(writer, built, searcher, asked)
+            if time.monotonic() - shown > SHOWN:
+                shown = time.monotonic()
+                _log.info("%d subnets scored%s", asked, "" if most == math.inf else f" of at most {most:,}")
             if reason := stop():
                 return reason
         best = searcher.best()
@@ -91,12 +99,39 @@ def select(
         _note(writer, built, searcher, asked)
     finally:
         writer.close()
-    code = built.space.encode([best.arch])
-    fresh += _read(built, scores, code, limits)  # known, unless the file of scores was deleted since
-    score = scores.of(code)[0]
-    assert score is not None
+    fresh += _read(built, scores, built.space.encode([best.arch]), limits)  # known, unless the file was deleted since
+    best, score = _best(built, scores, limits)
     said = {"searcher": settings(searcher), "limits": limits.given(), "scored": asked, "step": step}
     return Picked(best, score, asked, fresh, searcher.front("macs"), scores, said)
+
+
+def _best(built: Built, scores: ScoreFile, limits: Select) -> tuple[Found, Score]:
+    """The highest top-1 that is known within the limits, whoever asked for it; of equal ones the lowest loss, then the fewest
+    MACs."""
+    tables = limits.tables(built.costs)
+    codes, found = scores.all()
+    met = built.space.lawful(codes)
+    for price, low, high in limits.limits(tables, built.space):
+        cost = tables[price].batch(codes)
+        met &= (cost >= low) & (cost <= high)
+    macs = tables["macs"].batch(codes)
+    ranked = sorted(np.flatnonzero(met).tolist(), key=lambda i: (
+        -found[i].top1, math.inf if (loss := found[i].loss) is None else loss, macs[i]))  # fmt: skip
+    for i in ranked:
+        [arch] = built.space.root.decode(codes[[i]])
+        if _holds(built, arch):
+            costs = {price: table.batch(codes[[i]]).tolist()[0] for price, table in tables.items()}
+            return Found(arch, found[i].top1, costs), found[i]
+    raise RuntimeError("no score within the limits is known, though one was just read.")
+
+
+def _holds(built: Built, arch: Mapping[str, Any]) -> bool:
+    """Whether the space, which the recipe may restrict, holds ``arch``."""
+    try:
+        built.space.check(arch)
+    except ValueError:
+        return False
+    return True
 
 
 def about(built: Built, limits: Select, config: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -35,10 +35,11 @@ def _run_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas evaluate RUN", exit_on_error=False, description="accuracy of subnets of a run")
     parser.add_argument("--arch", default="derived",
                         help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%%, or an arch as text; "
-                             "may be given several times")  # fmt: skip
+                             "several may follow")  # fmt: skip
     parser.add_argument("--split", default="test", help="train, valid, select or test")
     parser.add_argument("--images", type=int | None, default=None, help="of the split; default all")
-    parser.add_argument("--bn_images", "--bn-images", type=int, default=2000, help="training images that recalibrate norms")
+    parser.add_argument("--bn_images", "--bn-images", type=int | None, default=None,
+                        help="training images that recalibrate batch norms; default: as the run's picks were read")  # fmt: skip
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
@@ -78,6 +79,8 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
     names: list[str] = []
     while (name := option(own, "--arch")) is not None:
         names.append(name)
+    while names and own and not own[0].startswith("-"):
+        names.append(own.pop(0))
     config = parse(_run_parser(), {}, own)
     for key in ("images", "bn_images"):
         if config[key] is not None and config[key] < 1:
@@ -86,9 +89,10 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
     split = built.data.reads(config.split)
     names = names or [config.arch]
     archs = [arch_of(name, source, built)[0] for name in names]
+    bn_images = config.bn_images or built.select.bn_images
     scores = []
     for net, group in groupby(archs, key=built.strategy.network):
-        scores += score_archs(net, list(group), built.data, config.split, built.device, config.bn_images, config.images)
+        scores += score_archs(net, list(group), built.data, config.split, built.device, bn_images, config.images)
     rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch)}
             for name, arch, score in zip(names, archs, scores)]  # fmt: skip
     if config.json:
@@ -96,7 +100,7 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
         return 0
     for row in rows:
         print(f"{row['arch']:24} top-1 {row['top1']:.4f}  {row['macs']:>15,} MACs  {row['params']:>12,} parameters")
-    print(f"{len(rows)} subnets on {scores[0].n:,} {split} images, batch norm recalibrated on {config.bn_images:,}")
+    print(f"{len(rows)} subnets on {scores[0].n:,} {split} images, batch norm recalibrated on {bn_images:,}")
     return 0
 
 

@@ -330,7 +330,9 @@ def test_a_checkpoint_of_other_phases_is_refused() -> None:
 def test_a_net_that_cannot_be_sorted_is_refused_before_the_first_step() -> None:
     """Norms with a scale per width cannot follow; a phase without the sort takes them."""
     space = CifarResNet(8, "tied", widths=(4, 6, 8))
-    for strategy in (OFA([Phase("full", 1, 1.0), Phase("all", 1, 1.0, sort=True)]), DepS("50%", 1, protect=None)):
+    for strategy in (OFA([Phase("full", 1, 1.0), Phase("all", 1, 1.0, {"*": 9}, sort=True)]), DepS("50%", 1, protect=None)):
         with pytest.raises(ValueError, match="a scale per width, which cannot follow a sort"):
             started(strategy, space, ResNet(space, channels=1, classes=4), 4, 2)
-    started(OFA([Phase("full", 1, 1.0), Phase("all", 1, 1.0)]), space, ResNet(space, channels=1, classes=4), 4, 2)
+    started(OFA([Phase("full", 1, 1.0), Phase("all", 1, 1.0, {"*": 9})]), space, ResNet(space, channels=1, classes=4), 4, 2)
+    with pytest.raises(ValueError, match="none opens all of stage0"):
+        started(OFA([Phase("full", 1, 1.0)]), space, ResNet(space, channels=1, classes=4), 4, 2)

@@ -276,7 +276,24 @@ def test_more_evaluations_go_on_and_fewer_begin_anew(untrained: Built, reader: R
     assert (more.asked, more.fresh) == (30, 15) and more.best.score >= few.best.score
     assert picked(untrained, Select(evaluations=30), tmp_path / "new").best == more.best
     less = picked(untrained, Select(evaluations=15), tmp_path)
-    assert less.fresh == 0 and less.best == few.best
+    assert (less.fresh, less.asked) == (0, 15) and less.best == more.best  # what is known counts, whoever asked for it
+
+
+def test_of_equal_accuracies_the_lower_loss_is_picked_then_the_cheaper(
+    untrained: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(net: Any, archs: Sequence[Any], *more: Any) -> list[Scores]:
+        return [Scores(0.5, 1.0, 30, (), ()) for _ in archs]
+
+    monkeypatch.setattr(nas.select, "score_archs", read)
+    found = picked(untrained, Select(evaluations=20), tmp_path)
+    codes, _ = found.scores.all()
+    macs = untrained.costs.batch(codes)
+    assert found.best.costs["macs"] == macs.min() < macs.max()
+    dearest = codes[[int(macs.argmax())]]
+    found.scores.path.write_text(found.scores.path.read_text().replace(
+        f'"code": {dearest[0].tolist()}, "top1": 0.5, "loss": 1.0', f'"code": {dearest[0].tolist()}, "top1": 0.5, "loss": 0.9'))
+    assert picked(untrained, Select(evaluations=20), tmp_path).best.costs["macs"] == macs.max()
 
 
 def test_another_searcher_begins_anew_with_the_scores_that_are_known(untrained: Built, reader: Reader, tmp_path: Path) -> None:
