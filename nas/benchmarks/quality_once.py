@@ -118,7 +118,7 @@ def priced(built: Built, strategy: Any, epochs: int, seed: int) -> Price:
     for step in range(epochs * steps):
         strategy.update(draw, moment(step, epochs * steps, steps, seed))
     whole = built.setup.epoch_steps / steps * built.data.batch_size
-    switch = strategy.switch / steps if hasattr(strategy, "switch") else None
+    switch = vars(strategy)["switch"] / steps if "switch" in vars(strategy) else None
     return Price(meter.trained * whole, meter.forward_only * whole, switch)
 
 

@@ -54,7 +54,7 @@ def stagewise() -> SearchSpace:
     return Stagewise(True, 0.1, ((1, 2), *((1,),) * 4, (1, 2), (1,)), (6, 8))
 
 
-PHASES = [Phase("full", 2, 1.0), Phase("kernel", 2, 1.0, {"*.kernel": 2}, nets=2),
+PHASES = [Phase("full", 2, 1.0), Phase("kernel", 2, 1.0, {"*.kernel": 2, "*.depth": 2}, nets=2),
           Phase("expand", 4, 1.0, {"*.expand": 2}, nets=3, sort=True)]  # fmt: skip
 
 STRATEGIES = {
