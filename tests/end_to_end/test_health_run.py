@@ -126,6 +126,7 @@ def test_a_collapse_is_said_once_everywhere(falling: tuple[Path, Result]) -> Non
     assert "|skip_connect~0|+|skip_connect~0|skip_connect~1|" in report
 
 
+@pytest.mark.slow
 def test_health_survives_a_stop_after_every_step(falling: tuple[Path, Result], cells: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.syspath_prepend(cells)

@@ -112,6 +112,7 @@ def test_batch_statistics_are_another_reading(tied: Path, truth: str) -> None:
     assert float(rows("out/rank.csv")[0]["prediction"]) == first.top1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_ranked_and_goes_on_as_if_it_had_not_been(tied: Path, truth: str, tmp_path: Path) -> None:
     words = (*SEARCH, "--out", tmp_path / "run", "--resume", "auto")
     assert run(words, At(KILL, "update", 9), tmp_path / "log") == -KILL
