@@ -183,7 +183,7 @@ class Genes:
         pool = np.concatenate([ends, rows])
         rates = self.rates(max(0.1, 1.0 / len(self._K)))
         for _ in range(STEPS):
-            excess = self.excess(pool)
+            excess = self.excess(pool) + ~self.space.lawful(pool)  # as bad as a whole network too much
             nearest = np.argsort(excess, kind="stable")[:POOL]
             if excess[nearest[0]] == 0.0:
                 return self.unlike(pool[nearest[excess[nearest] == 0.0]])

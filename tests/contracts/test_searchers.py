@@ -106,6 +106,7 @@ def run(searcher: Any, n: int = 7, asks: int = 10_000) -> np.ndarray:
 def test_every_candidate_is_canonical_in_the_space_and_within_the_limits(make: Callable[..., Any], at: Place) -> None:
     codes = run(started(make, at))
     assert len(codes) > 20 and np.array_equal(codes, at.space.canonical_codes(codes))
+    assert at.space.lawful(codes).all()  # no cell that sampling would not draw, so none that was never trained
     for arch in at.space.decode(codes):
         at.space.check(arch)
         for price, low, high in at.limits:

@@ -79,6 +79,17 @@ def test_skips_and_nones_are_options(space: SearchSpace) -> None:
 
 
 @all_spaces
+def test_what_is_drawn_is_lawful_and_a_rule_of_its_own_forbids_something(space: SearchSpace) -> None:
+    rng = random.Random(3)
+    sampled = space.encode([space.sample(rng) for _ in range(20)])
+    drawn = np.concatenate([space.random_codes(np.random.default_rng(3), 50), sampled])
+    assert space.lawful(drawn).shape == (70,) and space.lawful(drawn).all()
+    free = SearchSpace.random_codes(space, np.random.default_rng(3), 300)
+    ruled = type(space).random_codes is not SearchSpace.random_codes
+    assert space.lawful(free).all() != ruled
+
+
+@all_spaces
 def test_name_and_args_rebuild_the_space(space: SearchSpace) -> None:
     file = ArchFile.of(space, space.largest(), input=(3, 8, 8), classes=("a",), preprocess={}, costs={})
     again = space_of(file)

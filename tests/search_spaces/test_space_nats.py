@@ -25,6 +25,14 @@ def cell(*ops: str) -> Arch:
 
 # ---- topology ----------------------------------------------------------------------------------------------------------
 
+def test_lawful_are_the_cells_in_which_every_node_receives_something() -> None:
+    """4 x 24 x 124 of them (page single-path.md, section 5)."""
+    lawful = Topology().lawful(Topology().encode(ALL))
+    assert lawful.sum() == 4 * 24 * 124
+    fed = [all(any(arch[name] != "none" for name in NAMES if name.startswith(f"node{n}.")) for n in (1, 2, 3)) for arch in ALL]
+    assert lawful.tolist() == fed
+
+
 def test_choices_of_the_page() -> None:
     space = Topology()
     assert [choice.name for choice in space.choices] == [
