@@ -122,6 +122,14 @@ class ByHand:
         self.sgd.zero_grad()
 
 
+def noise(net: nn.Module) -> list[bool]:
+    """A list that fills, at every forward, with whether dropout modules inside ``net`` would drop. It gets one, unused."""
+    net.noise = nn.Dropout(0.5)
+    seen: list[bool] = []
+    net.register_forward_pre_hook(lambda module, given: seen.append(module.noise.training))
+    return seen
+
+
 def drops(net: nn.Module) -> tuple[list[tuple[Mapping[str, Any], float, bool]], Any]:
     """A list that fills with (arch, drop, with a graph) of every forward, and the hook that fills it."""
     seen: list[tuple[Mapping[str, Any], float, bool]] = []

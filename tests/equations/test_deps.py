@@ -16,6 +16,7 @@ from shrinking import (
     drops,
     gradients,
     mobile,
+    noise,
     now,
     parameters,
     run,
@@ -193,6 +194,13 @@ def test_dropout_is_the_largest_networks_alone_and_subnets_are_drawn_as_said() -
     archs = [space.largest(), space.largest(), space.smallest(), space.sample(rng), space.sample(rng)]
     assert seen == [(arch, drop, True) for arch, drop in zip(archs, (0.1, 0.1, 0.0, 0.0, 0.0))]
     assert strategy.arch(now(strategy, SWITCH)) == space.largest()
+
+
+def test_dropout_modules_rest_in_subnets() -> None:
+    strategy = begun()
+    seen = noise(strategy.net)
+    run(strategy, SWITCH - 1, SWITCH + 1)
+    assert seen == [True, True, False, False, False] and strategy.net.noise.training
 
 
 def test_no_subnet_moves_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

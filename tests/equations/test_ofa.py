@@ -18,6 +18,7 @@ from shrinking import (
     drops,
     gradients,
     mobile,
+    noise,
     now,
     parameters,
     run,
@@ -195,6 +196,13 @@ def test_the_whole_run_is_what_the_page_says(kd_ratio: float, combine: str) -> N
         assert metrics["shrink/phase"] == k and metrics["train/lr"] == pytest.approx(lr, abs=1e-15)
         assert metrics["train/loss"].item() == pytest.approx(sum(losses) / len(losses))
     assert set(feed.sizes) == {None}  # the net brings the crop to R
+
+
+def test_dropout_modules_rest_in_the_teacher() -> None:
+    strategy = begun()
+    learns, taught = noise(strategy.net), noise(strategy.teacher)
+    run(strategy, 0, STARTS[1] + 1)
+    assert all(learns) and taught == [False] and strategy.teacher.noise.training
 
 
 def test_nets_of_a_step_their_resolution_and_what_arch_announces() -> None:
