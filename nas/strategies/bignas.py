@@ -16,7 +16,7 @@ child's own batch statistics. "mean" divides by the number of children, as mmraz
 smaller for plain SGD. The zero start of the last scales is the supernet's (``zero_gamma``); the floor of the rate is that of
 ``weights`` (``lr_min``). What is trained is picked from by a searcher, ranked after recalibration, without retraining.
 
-Not done: nothing. The published numbers of optimizer and schedule are as the page gives them, none of them verified.
+The published numbers of optimizer and schedule are as the page gives them, none of them verified.
 """
 from __future__ import annotations
 

@@ -192,6 +192,18 @@ def test_what_a_score_depends_on_is_part_of_its_key(
     assert isinstance(found, Picked) and found.fresh == 10 and len(list((tmp_path / "picks").glob("scores-*"))) == 2
 
 
+def test_other_data_or_augmentation_are_read_anew_and_workers_are_not(
+    untrained: Built, reader: Reader, tmp_path: Path
+) -> None:
+    def fresh(**data: Any) -> int:
+        config = {**CONFIG, "data": {"name": "digits", "augment": [], "workers": 0, **data}}
+        found = select(untrained, evolution(), Select(evaluations=10), tmp_path, config, STEP)
+        assert isinstance(found, Picked)
+        return found.fresh
+
+    assert [fresh(), fresh(workers=4), fresh(augment=["crop"]), fresh(root="elsewhere")] == [10, 0, 10, 10]
+
+
 def test_more_images_than_there_are_is_all_of_them(untrained: Built, reader: Reader, tmp_path: Path) -> None:
     picked(untrained, Select(evaluations=5), tmp_path)
     assert picked(untrained, Select(evaluations=5, images=10_000), tmp_path).fresh == 0
