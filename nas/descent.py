@@ -70,6 +70,13 @@ class Descent:
         """The learning rate that the next step will use (of the first parameter group)."""
         return self.bases[0] * self.schedule(self.count)
 
+    @property
+    def grad_norm(self) -> Tensor:
+        """``norm``, where the last step took one. RuntimeError where it did not."""
+        if self.norm is None:
+            raise RuntimeError("Descent.grad_norm: no step kept a norm. Set clip, or step with norm=True.")
+        return self.norm
+
     def add(self, loss: Tensor, *also: Descent) -> None:
         """One backward of a scalar ``loss`` into the parameters of self and ``also``, and nowhere else; accumulates."""
         if any(descent.accumulate != self.accumulate for descent in also):

@@ -92,10 +92,9 @@ class Attentive:
                 losses.append(soft_cross_entropy(self.net(x, arch), z))
                 self.w.add(share * losses[-1])  # (2)
         self.w.step(norm=True)  # (3)
-        assert self.w.norm is not None
         children = {"train/loss_children": torch.stack(losses[:-1]).detach().mean()} if self.children else {}
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "train/loss_smallest": losses[-1].detach(), **children,
         }  # fmt: skip
 

@@ -76,10 +76,9 @@ class BigNAS:
                 self.w.add(share * D)  # (2)
                 distances.append(D.detach())
         self.w.step(norm=True)  # (3)
-        assert self.w.norm is not None
         smallest, *others = distances
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "train/loss_smallest": smallest, **({"train/loss_children": sum(others) / len(others)} if others else {}),
         }  # fmt: skip
 

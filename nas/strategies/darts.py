@@ -78,9 +78,8 @@ class DARTS:
         z = self.net(train.x, fixed)
         loss = self.setup.loss(z, train.y)
         self.w.down(loss, norm=True)  # (6)
-        assert self.w.norm is not None
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, train.y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, train.y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), **found,
         }  # fmt: skip
 
@@ -103,9 +102,8 @@ class DARTS:
                 with self.w.shifted(g, sign * eps), self.w.frozen():
                     self.a.add(-sign * scale * self.L_train(train, self.alpha.soft()))  # (5)
         self.a.step(norm=True)
-        assert self.a.norm is not None
         costs = {} if self.budget is None else self.budget.metrics(self.alpha.soft(), self.alpha.architecture())
-        return {**found, "alpha/grad_norm": self.a.norm, **costs}
+        return {**found, "alpha/grad_norm": self.a.grad_norm, **costs}
 
     def L_train(self, train: Batch, soft: Mapping[str, Setting]) -> Tensor:
         return self.setup.loss(self.net(train.x, soft), train.y)

@@ -116,9 +116,8 @@ class DepS:
             self.w.add(share * beta * taught[-1])  # (3)
             taught[-1] = taught[-1].detach()
         self.w.step(norm=True)
-        assert self.w.norm is not None
         found: dict[str, Any] = {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "shrink/phase": float((now.step >= self.switch) + (now.step >= self.whole)), "shrink/epsilon": beta,
         }  # fmt: skip
         found |= {"train/loss_smallest": taught[0]} if taught else {}

@@ -72,9 +72,8 @@ class DrNAS:
         z = self.net(x, sample)
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (2)
-        assert self.w.norm is not None
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), **found,
         }  # fmt: skip
 
@@ -93,8 +92,7 @@ class DrNAS:
                 L_val = L_val + self.budget.loss(mean)
                 found |= self.budget.metrics(mean, self.alpha.architecture())
             self.a.down(L_val, norm=True)  # (1)
-        assert self.a.norm is not None
-        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **found}
+        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.grad_norm, **found}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         with torch.no_grad():

@@ -60,9 +60,8 @@ class FairNAS:
             losses.append(loss.detach())
             rights.append(top1(z, y))
         self.w.step(norm=True)
-        assert self.w.norm is not None
         return {"train/loss": sum(losses) / self.n, "train/top1": sum(rights) / self.n, "train/lr": rate,
-                "train/grad_norm": self.w.norm}  # fmt: skip
+                "train/grad_norm": self.w.grad_norm}  # fmt: skip
 
     def paths(self, now: Moment) -> list[Arch]:
         """The n paths of a step."""

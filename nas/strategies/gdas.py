@@ -62,11 +62,10 @@ class GDAS:
         z = self.net(x, self.arch(now))
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (4)
-        assert self.w.norm is not None
         if not self.alphas.rest(now):
             found = self.search(draw("valid"), tau, now)
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), "alpha/temperature": tau, **found,
         }  # fmt: skip
 
@@ -80,8 +79,7 @@ class GDAS:
                 soft = self.alpha.soft()
                 L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
             self.a.down(L_val, norm=True)  # (5)
-        assert self.a.norm is not None
-        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **costs}
+        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.grad_norm, **costs}
 
     def sample(self, tau: float, now: Moment) -> dict[str, Setting]:
         """(1)-(3): one option of every choice, with the straight-through weights of all."""

@@ -139,9 +139,8 @@ class OFA:
             self.w.add(share * loss)  # (3)
             total, right = total + loss.detach() / phase.nets, right + top1(z, y) / phase.nets
         self.w.step(norm=True)
-        assert self.w.norm is not None
         return {
-            "train/loss": total, "train/top1": right, "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": total, "train/top1": right, "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "shrink/phase": float(k),
         }  # fmt: skip
 

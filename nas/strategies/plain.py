@@ -123,10 +123,12 @@ class Plain:
                 more["train/auxiliary"] = beside.detach()
                 loss = loss + self.auxiliary * beside
             self.w.down(loss, norm=True)
-        assert self.w.norm is not None
         if self.drop_path:
             more["train/drop_path"] = drop
-        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm, **more}
+        return {
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
+            **more,
+        }  # fmt: skip
 
     def drop(self, now: Moment) -> float:
         """The strength of drop path at this moment, before the share of a cell."""

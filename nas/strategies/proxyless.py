@@ -102,11 +102,10 @@ class Proxyless:
         z = self.net(x, self.arch(now))
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (1)
-        assert self.w.norm is not None
         if (now.step + 1) % self.every == 0 and not self.alphas.rest(now):
             found = self.search(draw("valid"), now)
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), **found,
         }  # fmt: skip
 
@@ -117,9 +116,8 @@ class Proxyless:
             loss = self.setup.loss(z, valid.y)
             self.a.add(self.priced(loss, soft))  # (2), (3)
         self.step(gates)
-        assert self.a.norm is not None
         costs = {} if self.budget is None else self.budget.metrics(self.alpha.soft(), self.alpha.architecture())
-        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **costs}
+        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.grad_norm, **costs}
 
     def sample(self, now: Moment) -> tuple[Settings, Settings]:
         """p, of all options or of two, and the gates that are drawn from it."""

@@ -69,9 +69,8 @@ class Random:
         z = self.net(x, self.trial)
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (1)
-        assert self.w.norm is not None
         found: Metrics = {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "random/trial": self.index(now.step),
         }  # fmt: skip
         last = now.step + 1 == self.setup.steps or self.begins(now.step + 1)

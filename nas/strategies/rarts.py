@@ -109,8 +109,7 @@ class RARTS:
                     found |= self.down_w(train, beta)
                 else:
                     found |= self.down_y(valid, beta)
-        assert self.w.norm is not None
-        found |= {"train/grad_norm": self.w.norm, "alpha/entropy": self.alpha.entropy().detach()}
+        found |= {"train/grad_norm": self.w.grad_norm, "alpha/entropy": self.alpha.entropy().detach()}
         with torch.no_grad():
             y, w = list[Tensor](self.y.params), list[Tensor](self.w.params)
             found["rarts/distance"] = get_total_norm(torch._foreach_sub(y, w))

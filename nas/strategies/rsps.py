@@ -55,9 +55,8 @@ class RSPS:
         z = self.net(x, self.chosen)
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (1)
-        assert self.w.norm is not None
         found: Metrics = {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
         }  # fmt: skip
         return {**found, **(self.select(draw, now) if now.step + 1 == now.steps else {})}
 

@@ -61,9 +61,8 @@ class SNAS:
         z = self.net(x, sample)
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (2)
-        assert self.w.norm is not None
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), "alpha/temperature": tau, **found,
         }  # fmt: skip
 
@@ -77,8 +76,7 @@ class SNAS:
                 soft = self.alpha.soft()
                 L_val, costs = loss + self.budget.loss(soft), self.budget.metrics(soft, self.alpha.architecture())
             self.a.down(L_val, norm=True)  # (1)
-        assert self.a.norm is not None
-        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **costs}
+        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.grad_norm, **costs}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         tau = temperature(now, *self.tau)

@@ -42,8 +42,7 @@ class SPOS:
         z = self.net(x, self.arch(now))
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (1)
-        assert self.w.norm is not None
-        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm}
+        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         return self.space.sample(now.rng)

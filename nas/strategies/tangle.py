@@ -88,11 +88,10 @@ class Tangle:
         z = self.net(x, self.fixed(now))
         loss = self.setup.loss(z, y)
         self.w.down(loss, norm=True)  # (2)
-        assert self.w.norm is not None
         if self.mixing == "gumbel":
             found["alpha/temperature"] = temperature(now, *self.tau)
         return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "alpha/entropy": self.alpha.entropy().detach(), **found,
         }  # fmt: skip
 
@@ -111,8 +110,7 @@ class Tangle:
                 L_val = L_val + self.budget.loss(expected)
                 found |= self.budget.metrics(expected, self.alpha.architecture(probabilities=self.probabilities()))
             self.a.down(L_val, norm=True)  # (1)
-        assert self.a.norm is not None
-        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.norm, **found}
+        return {"valid/loss": loss.detach(), "valid/top1": top1(z, valid.y), "alpha/grad_norm": self.a.grad_norm, **found}
 
     def mixed(self, now: Moment) -> dict[str, Setting]:
         """t(a); of dirichlet and gumbel the next sample of ``now``."""

@@ -104,7 +104,6 @@ class TAS:
         z = self.net(x, S1)
         train = self.setup.loss(z, y)
         self.w.down(train, norm=True)  # (1)
-        assert self.w.norm is not None
 
         x, y_valid, _ = draw("valid", odds=1.0)  # each step meets uniformly random images of the second half
         S2 = self.sample(tau, now)
@@ -114,7 +113,7 @@ class TAS:
             pull, E, F = self.cost_loss()
             self.a.down(valid + self.cost_weight * pull)  # (2)
         return {
-            "train/loss": train.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.norm,
+            "train/loss": train.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "valid/loss": valid.detach(), "valid/top1": top1(z_valid, y_valid),
             "cost/expected": E.detach(), "cost/current": F, "cost/target": self.R,
             "alpha/entropy": self.alpha.entropy().detach(), "alpha/temperature": tau,

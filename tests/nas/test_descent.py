@@ -346,3 +346,14 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Descent(params, momentum_sgd, **options)  # type: ignore[arg-type]
+
+
+def test_a_norm_that_no_step_kept_is_refused() -> None:
+    p = Parameter(torch.tensor([3.0, 4.0]))
+    w = Descent([p], partial(SGD, lr=0.1))
+    w.down((p**2).sum() / 2)
+    with pytest.raises(RuntimeError, match="no step kept a norm"):
+        _ = w.grad_norm
+    expected = p.detach().norm()
+    w.down((p**2).sum() / 2, norm=True)
+    assert torch.equal(w.grad_norm, expected)
