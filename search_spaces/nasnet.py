@@ -146,7 +146,13 @@ class NASNet(SearchSpace):
     @functools.cached_property
     def size(self) -> int:  # type: ignore[override]
         """How many networks there are, left and right told apart, outputs by the rule where all are allowed."""
-        return count([c for c in self.choices if c.name not in self._ruled()], self.ties)
+        decided = {*self.ruled, *(name for name, tie in self.ties.items() if tie.leader in self.ruled)}
+        return count([c for c in self.choices if c.name not in decided], self.ties)
+
+    @property
+    def ruled(self) -> tuple[str, ...]:
+        """The outputs of which all lists are allowed and that follow no other choice."""
+        return tuple(self._ruled())
 
     @property
     def pairs(self) -> int:

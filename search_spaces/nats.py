@@ -92,7 +92,7 @@ class Topology(SearchSpace):
     def sample(self, rng: random.Random) -> Arch:
         """Uniform among the cells of this restriction in which every node receives something.
 
-        Raises ValueError where a node has none on all its edges.
+        Raises ValueError where some node has none on all its edges in every cell.
         """
         at = rng.randrange(len(self._alive))
         return self.decode(self._alive[at:at + 1])[0]
@@ -110,16 +110,19 @@ class Topology(SearchSpace):
     @functools.cached_property
     def _alive(self) -> np.ndarray:
         """(cells, 6) int16: the codes of what ``sample`` draws from; with so few, no draw is ever rejected."""
-        codes = np.indices((len(OPS),) * len(NAMES), dtype=np.int16).reshape(len(NAMES), -1).T
-        for i, choice in enumerate(self.choices):
-            codes = codes[np.isin(codes[:, i], [OPS.index(str(option)) for option in choice.options])]
+        left = [np.array([OPS.index(str(option)) for option in choice.options], dtype=np.int16) for choice in self.choices]
+        codes = np.stack(np.meshgrid(*left, indexing="ij"), axis=-1).reshape(-1, len(NAMES))
         codes = codes[(self._follow_codes(codes) == codes).all(axis=1)]
         for node in (1, 2, 3):
             into = [i for i, ends in enumerate(EDGES) if ends[0] == node]
             if not (codes[:, into] != OPS.index("none")).any():
                 raise ValueError(f"This restriction of {self.name} leaves node {node} nothing but none on "
                                  f"{listed(NAMES[i] for i in into)}. Allow another operation on one of them.")
-        return codes[self.lawful(codes)]
+        alive = codes[self.lawful(codes)]
+        if not len(alive):
+            raise ValueError(f"This restriction of {self.name} has no cell in which every node receives something: the choices "
+                             f"that follow others ({listed(self.ties)}) are none wherever nothing else is left.")
+        return alive
 
 
 class Numbering:

@@ -40,6 +40,20 @@ def restricted(space: Space, patterns: Mapping[str, Any]) -> Space:
     return space.restrict({name: options for name, options in kept.items() if options != space[name].options})
 
 
+def fitted(patterns: Mapping[str, Any], space: SearchSpace, whole: SearchSpace) -> dict[str, Any]:
+    """``patterns`` that were written for ``whole``, as they are for ``space``, a part of it: a list of which a choice has lost
+    all options, but not before, leaves it the largest that it has. Read by ``restricted``, which refuses what it did before.
+    """
+    found: dict[str, Any] = {}
+    for pattern, said in patterns.items():
+        listing = said if isinstance(said, list | tuple) else () if isinstance(said, int) or said in ENDS else [said]
+        names = [choice.name for choice in space.choices if fnmatchcase(choice.name, pattern)]
+        lost = [name for name in names if not any(option in listing for option in space[name].options)
+                and any(option in listing for option in whole[name].options)]
+        found |= {name: "largest" if name in lost else said for name in names} if lost else {pattern: said}
+    return found
+
+
 def tied(space: Space, ties: Mapping[str, Any]) -> Space:
     """``space`` with every choice that a pattern of ``ties`` matches following a leader: {pattern: {"leader", "values"}}.
 

@@ -91,6 +91,11 @@ class SearchSpace:
         """The names of the choices that are still open: more than one option, and following no other."""
         return tuple(c.name for c in self.choices if len(c.options) > 1 and c.name not in self.ties)
 
+    @property
+    def ruled(self) -> tuple[str, ...]:
+        """The names of the choices that a rule of the family sets from the others, so that they are none of a search."""
+        return ()
+
     @functools.cached_property
     def size(self) -> int:
         """The exact number of canonical architectures."""
@@ -285,19 +290,20 @@ class SearchSpace:
         missing = [option for option in leads.options if option not in values]
         if missing:
             raise ValueError(f"{follower} follows {leader}, but no value is given for {leader} = {listed(missing)}.")
-        mine = self._conditions(follower)
-        for name, needed in self._conditions(leader).items():
+        mine = self.conditions(follower)
+        for name, needed in self.conditions(leader).items():
             if not mine.get(name, set(self[name].options)) <= needed:
                 raise ValueError(f"{follower} cannot follow {leader}: {leader} may be inert where {follower} counts "
                                  f"(it needs {name} = {listed(sorted(needed, key=str))}).")
         ties = {**self.ties, follower: Tie(leader, dict(values))}
         return self._with({choice.name: choice.options for choice in self.choices}, ties)
 
-    def _conditions(self, name: str) -> dict[str, set[Value]]:
-        """What must hold, directly or further up, for ``name`` to count: choice -> options."""
+    def conditions(self, name: str) -> dict[str, set[Value]]:
+        """What must hold, directly or further up, for ``name`` to count: choice -> options of the root. It counts where all
+        hold, and only there."""
         found: dict[str, set[Value]] = {}
         for needed, values in self[name].needs:
-            for up, allowed in (*self._conditions(needed).items(), (needed, set(values))):
+            for up, allowed in (*self.conditions(needed).items(), (needed, set(values))):
                 found[up] = found.get(up, set(allowed)) & allowed
         return found
 
@@ -313,7 +319,8 @@ class SearchSpace:
                 del vars(space)[name]  # worked out for the other options
         space._root = self.root
         space.ties = dict(ties)
-        space.choices = tuple(Choice(c.name, options[c.name], c.ordered, c.needs) for c in self.choices)
+        space.choices = tuple(c if options[c.name] == c.options else Choice(c.name, options[c.name], c.ordered, c.needs)
+                              for c in self.choices)
         return space
 
     # ---- codes: many architectures at once ------------------------------------------------------------------------

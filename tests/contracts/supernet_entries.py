@@ -13,6 +13,7 @@ from typing import Any
 
 from supernet_entries_cells import cells, nasnet_cells, sizes, topology
 from supernet_entries_once import ENTRIES as ONCE
+from supernet_entries_proxyless import proxyless
 from supernet_entries_residual import RESIDUAL
 from supernet_entries_superposed import conv_macro, vision
 from supernet_entry import Entry, Part, Refused, classifier, named, parts
@@ -161,4 +162,5 @@ SUPERNETS = [
            norm="full", both_sides=False),
     *ONCE,
     *RESIDUAL,
+    proxyless("proxyless-operations"),
 ]

@@ -275,6 +275,11 @@ def test_ties_refused(follower: str, leader: str, values: dict, line: str) -> No
         tied().tie(follower, leader, values)
 
 
+def test_conditions_reach_the_needs_of_needs() -> None:
+    assert Small().conditions("b") == {"depth": {3}, "a": {8}} and Small().conditions("a") == {"depth": {2, 3}}
+    assert Small().conditions("op") == {} == Small().conditions("depth")
+
+
 def test_a_leader_counts_wherever_its_follower_does() -> None:
     root = tied().root
     with pytest.raises(ValueError, match=r"v cannot follow w: w may be inert where v counts \(it needs depth = 2, 3\)"):

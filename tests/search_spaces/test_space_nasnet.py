@@ -80,6 +80,15 @@ def test_the_size_counts_what_is_drawn() -> None:
     assert one_list.size == SMALL.size and one_list.restrict({"reduce.concat": ["3", "23"]}).size == 2 * SMALL.size
 
 
+def test_an_output_that_follows_one_of_the_rule_is_no_choice_of_its_own() -> None:
+    space = NASNet(1, 4, blocks=1)
+    same = space.tie("reduce.concat", "normal.concat", {o: o for o in space["normal.concat"].options})
+    assert space.ruled == ("normal.concat", "reduce.concat") and same.ruled == ("normal.concat",)
+    assert same.size == space.size == (4 * 13**2 * 2) ** 2
+    arch = same.sample(random.Random(0))
+    assert arch["reduce.concat"] == arch["normal.concat"] and same.lawful(same.encode([arch])).all()
+
+
 def test_pairs_do_not_tell_left_from_right() -> None:
     space = few(SMALL)
     normal = {space.key(arch)[0] for arch in enumerated(space)}

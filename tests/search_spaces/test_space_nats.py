@@ -139,6 +139,17 @@ def test_a_node_without_input_is_refused_where_it_is_drawn() -> None:
         space.random_codes(np.random.default_rng(0), 2)
 
 
+def test_a_tie_that_leaves_a_node_nothing_is_refused_where_it_is_drawn() -> None:
+    follows = {op: "none" if op != "none" else "skip_connect" for op in OPS}
+    space = Topology().tie("node2.from1", "node3.from1", follows).restrict(
+        {"node2.from0": ["none"], "node3.from0": ["none"], "node3.from2": ["none"]})
+    line = r"has no cell in which every node receives something: the choices that follow others \(node2.from1\) are none"
+    with pytest.raises(ValueError, match=line):
+        space.sample(random.Random(0))
+    with pytest.raises(ValueError, match=line):
+        space.random_codes(np.random.default_rng(0), 3)
+
+
 def test_smallest_of_a_restriction_is_a_network() -> None:
     space = Topology().restrict({name: ["none", "nor_conv_1x1", "avg_pool_3x3"] for name in NAMES})
     assert set(space.smallest().values()) == {"nor_conv_1x1"}
