@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from nas.bilevel import Weights
+from nas.bilevel import Weights, weights_of
 from nas.build import Built, arch_file
 from nas.engine import Outcome, seed_from
 from nas.evaluate import Scores, score_archs
@@ -45,12 +45,19 @@ class Beside(NamedTuple):
 
     def length(self, built: Built, strategy: Strategy) -> int:
         """Steps of each network beside a started ``strategy``. ValueError for a number of networks that is negative or more
-        than the steps there are."""
+        than the steps there are, and where they would be trained by several batches a step."""
         passes = round(built.setup.steps * strategy.passes())
         if not 0 <= self.networks <= passes:
             raise ValueError(f"beside.random = {self.networks} networks. Allowed: 0 (none) to {passes:,}, one for each pass of "
                              f"the search ({built.setup.steps:,} steps of {strategy.passes():g}).")  # fmt: skip
-        return passes // self.networks if self.networks else 0
+        if not self.networks:
+            return 0
+        self.trained(strategy).one_batch("beside.weights (the strategy's, where not given)")
+        return passes // self.networks
+
+    def trained(self, strategy: Strategy) -> Weights:
+        """How each network is trained."""
+        return self.weights or weights_of(strategy) or Weights()
 
 
 NONE = Beside()
@@ -92,7 +99,7 @@ def compare(
     Returns how it ended, and on the main rank, where it is done, what was found (``conclude``). ValueError where another
     comparison was begun there.
     """
-    length, weights = beside.length(built, built.strategy), beside.weights or _own(built.strategy)
+    length, weights = beside.length(built, built.strategy), beside.trained(built.strategy)
     drawn, misses = draw(built, beside.networks, seed)
     net = copy.deepcopy(built.net)  # trained as it is: every network of Random begins with a reset
     setup = built.setup._replace(net=net, steps=length * (beside.networks + 1))
@@ -167,9 +174,3 @@ def words(said: Mapping[str, Any]) -> str:
             f"found {found['top1']:.4f} ({found['macs']:,} MACs), best of {said['of'] - 1} random {best['top1']:.4f} "
             f"({best['macs']:,} MACs), random {said['mean']:.4f}{spread}; the found one is number {said['rank']} of "
             f"{said['of']}")  # fmt: skip
-
-
-def _own(strategy: Strategy) -> Weights:
-    """How the strategy trains its weights."""
-    given = vars(strategy).get("weights")
-    return given if isinstance(given, Weights) else Weights()

@@ -18,7 +18,7 @@ from nas.budget import Budget
 from nas.cost import CostTable
 from nas.descent import Descent
 from nas.optimizers import optimizer
-from nas.protocols import Moment, Setup
+from nas.protocols import Moment, Setup, Strategy
 from nas.schedules import Schedule, cosine, exponential
 from search_spaces.space import Arch, SearchSpace
 
@@ -37,6 +37,10 @@ class Weights:
     ``norm_decay``: whether norms and biases decay too. ``clip``: largest gradient norm, None for no clipping; ``clip_value``
     instead of it: the largest size of one gradient's entry. ``idle``: what a weight that a step does not use gets, "zeros"
     (its momentum and decay go on, as in the released codes) or "skip".
+
+    ``accumulate``: batches of one step. All run the same architectures, each loss counts for its share: the gradients are those
+    of one batch so many times as large, but for batch norms, which see one batch at a time. An epoch has as many steps fewer.
+    Strategies without alphas know it; others refuse more than 1 (``descent``).
     """
 
     lr: float = 0.025
@@ -58,6 +62,7 @@ class Weights:
     clip_value: float | None = None
     alpha: float = 0.9
     eps: float = 1e-3
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr or self.lr == 0:
@@ -76,11 +81,25 @@ class Weights:
         if self.clip is not None and self.clip_value is not None:
             raise ValueError(f"weights: clip = {self.clip}, clip_value = {self.clip_value}. Allowed: one of the two, the other "
                              "null.")  # fmt: skip
+        if self.accumulate < 1:
+            raise ValueError(f"weights: accumulate = {self.accumulate} is too few. Allowed: 1 or more.")
 
-    def descent(self, params: Iterable[nn.Parameter], setup: Setup) -> Descent:
-        """Over ``params``, with a schedule as long as the run of ``setup``. ValueError where warming up takes all of it."""
+    def descent(self, params: Iterable[nn.Parameter], setup: Setup, accumulates: bool = False) -> Descent:
+        """Over ``params``, with a schedule as long as the run of ``setup``. ``accumulates``: whether the strategy runs
+        ``accumulate`` batches, each with a ``Descent.step`` of its own, the last of which acts.
+
+        ValueError where it does not and is asked to, and where warming up takes all of the run.
+        """
+        if not accumulates:
+            self.one_batch()
         return Descent(params, self._optimizer(), self.factor(setup), clip=self.clip, idle=self.idle,
-                       clip_value=self.clip_value)  # fmt: skip
+                       accumulate=self.accumulate, clip_value=self.clip_value)  # fmt: skip
+
+    def one_batch(self, name: str = "weights") -> None:
+        """ValueError where a step is to be of several batches. ``name``: of the section that says so."""
+        if self.accumulate > 1:
+            raise ValueError(f"{name}: accumulate = {self.accumulate}, but here a step is one batch of each split it reads. "
+                             "Allowed: 1, with a larger data.batch_size where memory has room.")  # fmt: skip
 
     def _optimizer(self) -> Callable[[list[nn.Parameter]], Optimizer]:
         return optimizer(self.optimizer, self.lr, self.weight_decay, momentum=self.momentum, nesterov=self.nesterov,
@@ -125,8 +144,10 @@ class Alphas:
                              "Allowed: 0 or more.")  # fmt: skip
 
     def alpha(self, setup: Setup) -> Alpha:
-        """Fresh logits for the space of ``setup``, where its net is. ValueError where they would wait for all of the run."""
+        """Fresh logits for the space of ``setup``, where its net is. ValueError where they would wait for all of the run, and
+        where nothing is open."""
         assert setup.space is not None
+        something_open(setup.space)
         if self.warmup_epochs and self.warmup_epochs * setup.epoch_steps >= setup.steps:
             raise ValueError(f"alphas: warmup_epochs = {self.warmup_epochs} are the whole run of "
                              f"{setup.steps // setup.epoch_steps} epochs, so nothing would be searched. Allowed: less.")
@@ -147,11 +168,24 @@ class Alphas:
         return now.epoch < self.warmup_epochs
 
 
+def weights_of(strategy: Strategy) -> Weights | None:
+    """How ``strategy`` trains its weights, where it says so by a field of that name."""
+    found = vars(strategy).get("weights")
+    return found if isinstance(found, Weights) else None
+
+
 def space_and_costs(setup: Setup, name: str) -> tuple[SearchSpace, CostTable]:
     """What ``setup`` gives to the strategy ``name`` to search. ValueError where there is none."""
     if setup.space is None or setup.costs is None:
         raise ValueError(f"{name} searches a space: give the run a supernet, its space and a cost table.")
     return setup.space, setup.costs
+
+
+def something_open(space: SearchSpace) -> None:
+    """ValueError where ``space`` leaves one architecture, so that alphas would have nothing to weigh."""
+    if not space.free:
+        raise ValueError(f"{space!r} leaves one architecture, so there is nothing to search. Restrict or split it less; to "
+                         "train one architecture: nas extract RECIPE --arch largest, then nas retrain.")  # fmt: skip
 
 
 @contextmanager

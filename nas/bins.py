@@ -37,7 +37,8 @@ class Bins:
 
     ``bins``: (T,) the numbers t that were met, ascending; ``counts``: (T,) how often; ``genes``: (T, M, K) how often each
     option, 1 for each allowed option of a choice that counted nowhere in a bin. Raises ValueError for other values, a space
-    that forbids combinations of options, and a width so large that all architectures share a bin.
+    that forbids combinations of options, and a width so large that all architectures share a bin: of the ``whole`` space, where
+    ``space`` is a part of one (a split's), which may well lie in one bin.
     """
 
     bins: np.ndarray
@@ -45,7 +46,7 @@ class Bins:
     genes: np.ndarray
 
     def __init__(self, space: SearchSpace, costs: CostTable, width: str | float = 25e6, samples: int = 100_000, seed: int = 0,
-                 tries: int = 100) -> None:  # fmt: skip
+                 tries: int = 100, whole: SearchSpace | None = None) -> None:  # fmt: skip
         if samples < 1 or tries < 1:
             raise ValueError(f"bins: samples = {samples}, tries = {tries}. Allowed: 1 or more.")
         if type(space).random_codes is not SearchSpace.random_codes:
@@ -54,6 +55,7 @@ class Bins:
         self.space, self.costs, self.tries = space, costs, tries
         self.width = bin_width(width, costs, space)
         self._rows = Genes(space, {})
+        self._part = whole is not None and whole.choices != space.choices
         self._count(samples, np.random.default_rng(seed))
 
     @property
@@ -79,14 +81,18 @@ class Bins:
         return self.space.decode(self.space.canonical_codes(chosen))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was counted: a run that goes on elsewhere draws as it did, whatever numpy draws there."""
-        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("bins", "counts", "genes")}
+        """What was counted, and of which options: a run that goes on elsewhere draws as it did, whatever numpy draws there."""
+        counted = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("bins", "counts", "genes")}
+        return {**counted, "allowed": torch.from_numpy(self._allowed().astype(np.int64))}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """ValueError where the state is of another space."""
+        """ValueError where the state is of another space. Of another part of this one, as the state of a split's parent is,
+        nothing is taken over: what was counted here stands."""
         if state["genes"].shape[1:] != self.genes.shape[1:]:
             raise ValueError(f"bins: the state counts {tuple(state['genes'].shape[1:])} choices and options, this space has "
                              f"{self.genes.shape[1:]}. Resume with the space that the run began with.")  # fmt: skip
+        if "allowed" in state and not np.array_equal(state["allowed"].numpy(), self._allowed()):
+            return
         self.bins, self.counts, self.genes = (state[name].numpy().copy() for name in ("bins", "counts", "genes"))
 
     def _drawn(self, stream: np.random.Generator, i: int, n: int) -> np.ndarray:
@@ -99,18 +105,24 @@ class Bins:
         parts = [self._rows.random(rng, min(BLOCK, samples - start)) for start in range(0, samples, BLOCK)]
         rows = np.concatenate(parts)
         self.bins, at, self.counts = np.unique(self.of(rows), return_inverse=True, return_counts=True)
-        if len(self.bins) == 1 and len(np.unique(self.costs.batch(rows[:BLOCK]))) > 1:
+        if len(self.bins) == 1 and not self._part and len(np.unique(self.costs.batch(rows[:BLOCK]))) > 1:
             low, high = (self.costs.of(arch) for arch in (self.space.smallest(), self.space.largest()))
             raise ValueError(f"bins: width = {self.width:,.10g} puts all architectures ({low:,.10g} to {high:,.10g}) into one "
                              "bin, and nothing is left to attend to. Give less, such as 2%.")  # fmt: skip
-        K = max(len(choice.options) for choice in self.space.root.choices)
-        self.genes = np.zeros((len(self.bins), len(self.space.choices), K), dtype=np.int64)
+        allowed = self._allowed()
+        M, K = allowed.shape
+        self.genes = np.zeros((len(self.bins), M, K), dtype=np.int64)
         live = _live(self.space, rows)
-        for m, (choice, root) in enumerate(zip(self.space.choices, self.space.root.choices)):
+        for m in range(M):
             met = np.bincount(at[live[:, m]] * K + rows[live[:, m], m], minlength=len(self.bins) * K)
             self.genes[:, m] = met.reshape(-1, K)
-            allowed = np.array([k < len(root.options) and root.options[k] in choice.options for k in range(K)])
-            self.genes[self.genes[:, m].sum(axis=1) == 0, m] = allowed
+            self.genes[self.genes[:, m].sum(axis=1) == 0, m] = allowed[m]
+
+    def _allowed(self) -> np.ndarray:
+        """(M, K) bool: the options that the space has left."""
+        K = max(len(choice.options) for choice in self.space.root.choices)
+        return np.array([[k < len(root.options) and root.options[k] in choice.options for k in range(K)]
+                         for choice, root in zip(self.space.choices, self.space.root.choices)])  # fmt: skip
 
 
 def bin_width(width: str | float, costs: CostTable, space: SearchSpace) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nas.budget import read_amount
-from nas.cost import CostTable, params
+from nas.cost import PRICES, CostTable, params
 from nas.latency import read_latency
 from search_spaces.space import SearchSpace
 
@@ -59,11 +59,12 @@ class Select:
         return {name: amount for name, amount in pairs if "_at_" in name and amount is not None}
 
     def named(self) -> str:
-        """The limits as a file name: macs_at_most-40%+params_at_most-3M; "best" where there is none."""
-        given = self.given()
+        """The limits as a file name of every system: macs_at_most-40pct__params_at_most-3M; "best" where there is none."""
+        given = {name: str(amount).strip().replace("%", "pct") for name, amount in self.given().items()}
         if self.latency is not None and any(name.startswith("latency") for name in given):
             given["by"] = Path(self.latency).stem
-        return re.sub(r"[^\w.%+-]", "_", "+".join(f"{name}-{amount}" for name, amount in given.items())) or "best"
+        words = "__".join(f"{name}-{amount}" for name, amount in given.items())
+        return re.sub(r"[^A-Za-z0-9._-]", "_", words).rstrip(".") or "best"
 
     def tables(self, costs: CostTable) -> dict[str, CostTable]:
         """Price -> cost table: macs and params, latency_ms where a latency table is named. ValueError for its bad rows."""
@@ -71,12 +72,16 @@ class Select:
         return found if self.latency is None else {**found, "latency_ms": costs.priced(read_latency(self.latency))}
 
     def limits(self, tables: dict[str, CostTable], space: SearchSpace) -> list[tuple[str, float, float]]:
-        """(price, low, high) of every price that is limited; shares are of the largest network of the root space."""
+        """(price, low, high) of every price that is limited; shares are of the largest network of the root space. MACs and
+        parameters are whole: the most and the least of them that the amounts allow."""
         ends: dict[str, dict[str, float]] = {}
         for name, amount in self.given().items():
             price, side = name.split("_", 1)
             price = "latency_ms" if price == "latency" else price
             number, share = read_amount(amount, f"select.{name}")
             whole = float(tables[price].of(space.root.largest())) if share else 1.0
-            ends.setdefault(price, dict(UNSET))[side] = number * whole
+            value = float(f"{number * whole:.15g}")  # 0.29 * 100 is 29, not 28.999999999999996
+            if price in PRICES and value < math.inf:
+                value = math.floor(value) if side == "at_most" else math.ceil(value)
+            ends.setdefault(price, dict(UNSET))[side] = value
         return [(price, end["at_least"], end["at_most"]) for price, end in ends.items()]

@@ -1,7 +1,7 @@
 """Losses and scores: pure functions of logits. ``B`` batch, ``N`` classes; every result is a scalar tensor."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +67,10 @@ def top1(logits: Tensor, y: Tensor) -> Tensor:  # (B, N), (B,) or (B, N) -> ()
     """The share of images whose largest logit is their class (for soft labels: their most probable class)."""
     classes = y.argmax(dim=1) if y.ndim == 2 else y
     return (logits.detach().argmax(dim=1) == classes).float().mean()
+
+
+def means(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """What the parts of a step report, averaged: the same tags in all of them. One part is returned as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return {tag: torch.stack([part[tag] for part in parts]).mean() for tag in parts[0]}

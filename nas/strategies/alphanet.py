@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nas.bilevel import Weights, space_and_costs, undropped
 from nas.divergence import adaptive_divergence, check_divergence
-from nas.losses import top1
+from nas.losses import means, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
@@ -61,29 +61,31 @@ class AlphaNet:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "AlphaNet")
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
 
     def passes(self) -> float:
-        return 2 + self.children
+        return (2 + self.children) * self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate, share = self.w.rate, 1.0 if self.combine == "sum" else 1 / self.passes()
-        x, y, _ = draw("train")
-        z = self.net(x, self.space.largest(), self.drop)
-        loss = self.setup.loss(z, y)
-        self.w.add(share * loss)  # (1)
-        losses = list[Tensor]()
-        with undropped(self.net):
-            for i in range(self.children + 1):
-                arch = self.space.sample(now.rng) if i < self.children else self.space.smallest()
-                losses.append(adaptive_divergence(self.net(x, arch), z, self.alphas, self.clip))
-                self.w.add(share * losses[-1])  # (2)
-        self.w.step(norm=True)  # (3)
-        children = {"train/loss_children": torch.stack(losses[:-1]).detach().mean()} if self.children else {}
-        return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-            "train/loss_smallest": losses[-1].detach(), **children,
-        }  # fmt: skip
+        rate, parts = self.w.rate, list[dict[str, Tensor]]()
+        archs = [*(self.space.sample(now.rng) for _ in range(self.children)), self.space.smallest()]
+        share = 1.0 if self.combine == "sum" else 1 / (1 + len(archs))
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            z = self.net(x, self.space.largest(), self.drop)
+            loss = self.setup.loss(z, y)
+            self.w.add(share * loss)  # (1)
+            losses = list[Tensor]()
+            with undropped(self.net):
+                for arch in archs:
+                    losses.append(adaptive_divergence(self.net(x, arch), z, self.alphas, self.clip))
+                    self.w.add(share * losses[-1])  # (2)
+            self.w.step(norm=True)  # (3)
+            children = {"train/loss_children": torch.stack(losses[:-1]).detach().mean()} if self.children else {}
+            parts.append({
+                "train/loss": loss.detach(), "train/top1": top1(z, y), "train/loss_smallest": losses[-1].detach(), **children,
+            })  # fmt: skip
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """The first network that the next step trains."""

@@ -11,7 +11,8 @@ One step, one batch:
 
 A sampled network (nas.bins): a bin t of MACs by its share among random networks, ``candidates`` networks from the marginals of
 t, scored by -loss of the labels on this batch without a gradient. ``pick`` "best" (BestUp) trains the best of them, "worst"
-(WorstUp) the worst; one candidate is trained unscored. Published: BestUp, 3 candidates, bins of 25 M MACs.
+(WorstUp) the worst; one candidate is trained unscored. Published: BestUp, 3 candidates, bins of 25 M MACs. Where ``weights``
+accumulates, a step's batches are drawn together and score as one: by the mean of their losses.
 
 The images come at one size (224, ``data.size``) and the net resizes them to each network's resolution, a choice of the space.
 
@@ -31,8 +32,8 @@ from torch import Tensor
 from nas.bilevel import Weights, space_and_costs, undropped
 from nas.bins import Bins
 from nas.descent import average
-from nas.losses import soft_cross_entropy, top1
-from nas.protocols import Draw, Metrics, Moment, Setup
+from nas.losses import means, soft_cross_entropy, top1
+from nas.protocols import Batch, Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
 PICKS = ("best", "worst")
@@ -73,39 +74,45 @@ class Attentive:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "AttentiveNAS")
-        self.bins = Bins(self.space, self.costs, self.bin_width, self.samples, self.seed)
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.bins = Bins(self.space, self.costs, self.bin_width, self.samples, self.seed, whole=self.net.space)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
 
     def passes(self) -> float:
-        return 2 + self.children
+        return (2 + self.children) * self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate, share = self.w.rate, 1.0 if self.combine == "sum" else 1 / self.passes()
-        x, y, _ = draw("train")
-        z = self.net(x, self.space.largest(), self.drop)
-        loss = self.setup.loss(z, y)
-        self.w.add(share * loss)  # (1)
-        losses = list[Tensor]()
-        with undropped(self.net):
-            for i in range(self.children + 1):
-                arch = self.attended(x, y, now.rng) if i < self.children else self.space.smallest()
-                losses.append(soft_cross_entropy(self.net(x, arch), z))
-                self.w.add(share * losses[-1])  # (2)
-        self.w.step(norm=True)  # (3)
-        children = {"train/loss_children": torch.stack(losses[:-1]).detach().mean()} if self.children else {}
-        return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-            "train/loss_smallest": losses[-1].detach(), **children,
-        }  # fmt: skip
+        rate, share = self.w.rate, 1.0 if self.combine == "sum" else 1 / (2 + self.children)
+        batches, parts = [draw("train") for _ in range(self.weights.accumulate)], list[dict[str, Tensor]]()
+        archs = list[Arch]()
+        for x, y, _ in batches:
+            z = self.net(x, self.space.largest(), self.drop)
+            loss = self.setup.loss(z, y)
+            self.w.add(share * loss)  # (1)
+            losses = list[Tensor]()
+            with undropped(self.net):
+                for i in range(self.children + 1):
+                    if len(archs) == i:  # on the first batch, for all of them
+                        archs.append(self.attended(batches, now.rng) if i < self.children else self.space.smallest())
+                    losses.append(soft_cross_entropy(self.net(x, archs[i]), z))
+                    self.w.add(share * losses[-1])  # (2)
+            self.w.step(norm=True)  # (3)
+            children = {"train/loss_children": torch.stack(losses[:-1]).detach().mean()} if self.children else {}
+            parts.append({
+                "train/loss": loss.detach(), "train/top1": top1(z, y), "train/loss_smallest": losses[-1].detach(), **children,
+            })  # fmt: skip
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     @torch.no_grad()
-    def attended(self, x: Tensor, y: Tensor, rng: random.Random) -> Arch:
-        """The next network to sample, the same on every rank: scores are of the whole batch."""
+    def attended(self, batches: Sequence[Batch], rng: random.Random) -> Arch:
+        """The next network to sample, the same on every rank: scores are of all images of the step."""
         candidates = self.bins.draw(rng, self.candidates)
         if len(candidates) == 1:
             return candidates[0]
-        losses = average(torch.stack([self.setup.loss(self.net(x, arch), y) for arch in candidates]))
+        losses = average(torch.stack([self._loss(batches, arch) for arch in candidates]))
         return candidates[int(losses.argmin() if self.pick == "best" else losses.argmax())]
+
+    def _loss(self, batches: Sequence[Batch], arch: Arch) -> Tensor:
+        return torch.stack([self.setup.loss(self.net(x, arch), y) for x, y, _ in batches]).mean()
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """The first network that the next step trains."""

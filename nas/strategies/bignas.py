@@ -24,8 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nas.bilevel import Weights, space_and_costs, undropped
-from nas.losses import soft_cross_entropy, top1
+from nas.losses import means, soft_cross_entropy, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
@@ -57,30 +60,33 @@ class BigNAS:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "BigNAS")
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
 
     def passes(self) -> float:
-        return 2 + self.children
+        return (2 + self.children) * self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate = self.w.rate
-        share = 1.0 if self.combine == "sum" else 1.0 / self.passes()
-        x, y, _ = draw("train")
-        z = self.net(x, self.space.largest(), drop=self.drop)
-        loss = self.setup.loss(z, y)
-        self.w.add(share * loss)  # (1)
-        teacher, distances = z.detach(), []
-        with undropped(self.net):
-            for child in (self.space.smallest(), *(self.space.sample(now.rng) for _ in range(self.children))):
-                D = soft_cross_entropy(self.net(x, child), teacher)
-                self.w.add(share * D)  # (2)
-                distances.append(D.detach())
-        self.w.step(norm=True)  # (3)
-        smallest, *others = distances
-        return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-            "train/loss_smallest": smallest, **({"train/loss_children": sum(others) / len(others)} if others else {}),
-        }  # fmt: skip
+        rate, parts = self.w.rate, list[dict[str, Tensor]]()
+        children = [self.space.smallest(), *(self.space.sample(now.rng) for _ in range(self.children))]
+        share = 1.0 if self.combine == "sum" else 1.0 / (1 + len(children))
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            z = self.net(x, self.space.largest(), drop=self.drop)
+            loss = self.setup.loss(z, y)
+            self.w.add(share * loss)  # (1)
+            teacher, distances = z.detach(), list[Tensor]()
+            with undropped(self.net):
+                for child in children:
+                    D = soft_cross_entropy(self.net(x, child), teacher)
+                    self.w.add(share * D)  # (2)
+                    distances.append(D.detach())
+            self.w.step(norm=True)  # (3)
+            smallest, *others = distances
+            parts.append({
+                "train/loss": loss.detach(), "train/top1": top1(z, y), "train/loss_smallest": smallest,
+                **({"train/loss_children": torch.stack(others).mean()} if others else {}),
+            })  # fmt: skip
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """What a step runs first."""

@@ -25,10 +25,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nas.bilevel import Weights, space_and_costs, undropped
-from nas.losses import soft_cross_entropy, top1
+from nas.losses import means, soft_cross_entropy, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
-from search_spaces.patterns import restricted
+from search_spaces.patterns import fitted, restricted
 from search_spaces.space import Arch, Setting, Value
 
 MOMENTA = ("permute", "reset", "released")
@@ -67,7 +70,7 @@ class DepS:
             raise ValueError(f"m = {self.m}, T = {self.T}, randoms = {self.randoms}, drop = {self.drop}. Allowed: m and T "
                              "above 0, randoms from 0, drop from 0, below 1.")  # fmt: skip
         _epochs("delay", self.delay, 100), _epochs("ramp", self.ramp, 100)
-        self.mean_passes = 2.0 + self.randoms  # until a run is known: those of its dearest step
+        self.mean_passes = self.weights.accumulate * (2.0 + self.randoms)  # until a run is known: of its dearest step
 
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
@@ -78,9 +81,10 @@ class DepS:
             raise ValueError(f"delay = {self.delay}, ramp = {self.ramp}: {delay} and {ramp} of {epochs} epochs. Allowed: ramp "
                              "<= delay <= epochs, the ramp beginning before the end.")  # fmt: skip
         self.switch, self.whole = (delay - ramp) * setup.epoch_steps, delay * setup.epoch_steps  # first steps of (3), of m
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
         copy.deepcopy(self.net).sort_channels(trained=self.protected())  # refuses before step 0 what it would refuse later
-        self.mean_passes = 1.0 + (1 + self.randoms) * (setup.steps - self.switch) / setup.steps
+        nets = 1.0 + (1 + self.randoms) * (setup.steps - self.switch) / setup.steps
+        self.mean_passes = self.weights.accumulate * nets
 
     def passes(self) -> float:
         return self.mean_passes
@@ -103,25 +107,29 @@ class DepS:
             self.sort()  # (2)
         rate, beta = self.w.rate, self.beta(now.step)
         subnets = [self.space.smallest(), *self.drawn(now)] if now.step >= self.switch else []
-        share = 1.0 if self.combine == "sum" else 1.0 / (1 + len(subnets))
-        x, y, _ = draw("train")
-        z = self.net(x, self.space.largest(), drop=self.drop)
-        loss = self.setup.loss(z, y)
-        self.w.add(share * loss)  # (1), and g_max of (3)
-        z = z.detach()
-        taught = []
-        for arch in subnets:
-            with undropped(self.net):
-                taught.append(soft_cross_entropy(self.net(x, arch), z, self.T))
-            self.w.add(share * beta * taught[-1])  # (3)
-            taught[-1] = taught[-1].detach()
-        self.w.step(norm=True)
-        found: dict[str, Any] = {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
+        share, parts = 1.0 if self.combine == "sum" else 1.0 / (1 + len(subnets)), list[dict[str, Tensor]]()
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            z = self.net(x, self.space.largest(), drop=self.drop)
+            loss = self.setup.loss(z, y)
+            self.w.add(share * loss)  # (1), and g_max of (3)
+            z = z.detach()
+            taught = list[Tensor]()
+            for arch in subnets:
+                with undropped(self.net):
+                    taught.append(soft_cross_entropy(self.net(x, arch), z, self.T))
+                self.w.add(share * beta * taught[-1])  # (3)
+                taught[-1] = taught[-1].detach()
+            self.w.step(norm=True)
+            parts.append({
+                "train/loss": loss.detach(), "train/top1": top1(z, y),
+                **({"train/loss_smallest": taught[0]} if taught else {}),
+                **({"train/loss_random": torch.stack(taught[1:]).mean()} if taught[1:] else {}),
+            })  # fmt: skip
+        return {
+            **means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
             "shrink/phase": float((now.step >= self.switch) + (now.step >= self.whole)), "shrink/epsilon": beta,
         }  # fmt: skip
-        found |= {"train/loss_smallest": taught[0]} if taught else {}
-        return found | ({"train/loss_random": sum(taught[1:]) / self.randoms} if taught[1:] else {})
 
     def drawn(self, now: Moment) -> list[Arch]:
         return [self.space.sample(now.rng) for _ in range(self.randoms)]
@@ -136,7 +144,7 @@ class DepS:
     def protected(self) -> Any:
         """The space of the subnets whose channels the sort keeps; None where nothing is protected."""
         try:
-            return None if self.protect is None else restricted(self.space, self.protect)
+            return None if self.protect is None else restricted(self.space, fitted(self.protect, self.space, self.net.space))
         except ValueError as error:
             raise ValueError(f"protect = {self.protect}: {error} Set protect: null, or name a choice that leads.") from None
 

@@ -7,10 +7,11 @@ Strict fairness, one step on one batch, n options a choice:
     (2) path k takes element k of every permutation, k = 1..n
     (3) the gradients of all n paths are added; one clip, one update of w
 
-So each option of each choice is used exactly once an update. The permutations are fresh every step (PA-DA's code trains the
-same paths for a whole epoch). "sum" is what PA-DA's version does; with "mean" the rate is n times smaller for plain SGD.
-Paths are what the permutations give: in NAS-Bench-201 that includes cells in which a node receives nothing. An update
-costs n passes: compare by passes, not by epochs. A searcher picks afterwards, as for SPOS.
+So each option of each choice is used exactly once an update; where ``weights`` accumulates, once on each of its batches. The
+permutations are fresh every step (PA-DA's code trains the same paths for a whole epoch). "sum" is what PA-DA's version does;
+with "mean" the rate is n times smaller for plain SGD. Paths are what the permutations give: in NAS-Bench-201 that includes
+cells in which a node receives nothing. An update costs n passes: compare by passes, not by epochs. A searcher picks afterwards,
+as for SPOS.
 
 Not done: choices of unequal numbers of options, and options that count in some paths only; they are refused.
 """
@@ -20,8 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from nas.bilevel import Weights, space_and_costs
-from nas.losses import top1
+from nas.losses import means, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, SearchSpace, Setting, Value
 
@@ -42,32 +45,35 @@ class FairNAS:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "FairNAS")
-        self.n = options(self.space)
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        options(self.space)  # refuses what it cannot train
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
+
+    @property
+    def count(self) -> int:
+        """n. No attribute, which a part of the space would take over with its parent's state."""
+        return options(self.space)
 
     def passes(self) -> float:
-        return self.n
+        return self.count * self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate = self.w.rate
-        share = 1.0 if self.combine == "sum" else 1.0 / self.n
-        x, y, _ = draw("train")
-        losses, rights = [], []
-        for path in self.paths(now):
-            z = self.net(x, path)
-            loss = self.setup.loss(z, y)
-            self.w.add(share * loss)  # (3)
-            losses.append(loss.detach())
-            rights.append(top1(z, y))
-        self.w.step(norm=True)
-        return {"train/loss": sum(losses) / self.n, "train/top1": sum(rights) / self.n, "train/lr": rate,
-                "train/grad_norm": self.w.grad_norm}  # fmt: skip
+        rate, paths, parts = self.w.rate, self.paths(now), list[dict[str, Tensor]]()
+        share = 1.0 if self.combine == "sum" else 1.0 / self.count
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            for path in paths:
+                z = self.net(x, path)
+                loss = self.setup.loss(z, y)
+                self.w.add(share * loss)  # (3)
+                parts.append({"train/loss": loss.detach(), "train/top1": top1(z, y)})
+            self.w.step(norm=True)
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def paths(self, now: Moment) -> list[Arch]:
         """The n paths of a step."""
         orders = [now.rng.sample(choice.options, len(choice.options)) for choice in self.space.choices]  # (1)
         return [{choice.name: order[k % len(order)] for choice, order in zip(self.space.choices, orders)}
-                for k in range(self.n)]  # (2): a choice with one option left takes it in every path  # fmt: skip
+                for k in range(self.count)]  # (2): a choice with one option left takes it in every path  # fmt: skip
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """The first of the paths."""

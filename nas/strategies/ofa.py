@@ -10,7 +10,8 @@ Tumanov, ICLR 2021, arXiv 2104.12642) is another list of phases, on a space whos
 
 All phases are one run with one descent: what a step does follows from its number alone. A phase begins with a fresh optimizer
 and its own rate: warm-up by equal steps, then half a cosine. Where it says so, it first sorts the hidden channels by L1 norm,
-which leaves every network of the phase before as it was. The teacher is the largest network as the first phase left it.
+which leaves every network of the phase before as it was. The teacher is the largest network as the first phase left it, of a
+split's child too: the one that its parent was taught by, where the first phase was the parent's.
 
 Resolution is open in all phases; one crop is loaded, and the supernet brings it to R as it does when it is read and extracted
 (the released code loads at R). Not done as there: the first phase (never released) is the same net, not one without kernel
@@ -32,10 +33,10 @@ import torch
 from torch import Tensor
 
 from nas.bilevel import Weights, space_and_costs, undropped
-from nas.losses import soft_cross_entropy, top1
+from nas.losses import means, soft_cross_entropy, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.inverted import RESOLUTION
-from search_spaces.patterns import restricted
+from search_spaces.patterns import fitted, restricted
 from search_spaces.space import Arch, SearchSpace, Setting, Value
 
 COMBINE = ("sum", "mean")
@@ -109,8 +110,8 @@ class OFA:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "OFA")
-        self.plan = Plan(self.phases or list(PHASES), self.weights, self.warmup_from, setup)
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.plan = Plan(self.phases or list(PHASES), self.weights, self.warmup_from, setup, self.net.space)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
         self.w.schedule = self.plan.factor
         teaches = self.kd_ratio > 0 and len(self.plan.phases) > 1
         self.teacher = copy.deepcopy(self.net).requires_grad_(False) if teaches else None
@@ -119,30 +120,30 @@ class OFA:
 
     def passes(self) -> float:
         phases = self.phases or PHASES
-        return sum(phase.nets * phase.length for phase in phases) / sum(phase.length for phase in phases)
+        nets = sum(phase.nets * phase.length for phase in phases) / sum(phase.length for phase in phases)
+        return nets * self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
         k = self.plan.at(now.step)
         phase, space = self.plan.phases[k], self.plan.spaces[k]
         if k and now.step == self.plan.starts[k]:
             self.begin(k)
+        if not k:
+            self.plan.full = self.space.largest()
         rate, archs = self.w.rate, drawn(space, phase.nets, now)  # (1)
-        share = 1.0 if self.combine == "sum" else 1.0 / phase.nets
-        x, y, _ = draw("train")
-        p = self.taught(x, archs[0]) if k else None  # (2)
-        total, right = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-        for arch in archs:
-            z = self.net(x, arch, drop=self.drop)
-            loss = self.setup.loss(z, y)
-            if p is not None:
-                loss = self.kd_ratio * soft_cross_entropy(z, p) + loss
-            self.w.add(share * loss)  # (3)
-            total, right = total + loss.detach() / phase.nets, right + top1(z, y) / phase.nets
-        self.w.step(norm=True)
-        return {
-            "train/loss": total, "train/top1": right, "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-            "shrink/phase": float(k),
-        }  # fmt: skip
+        share, parts = 1.0 if self.combine == "sum" else 1.0 / phase.nets, list[dict[str, Tensor]]()
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            p = self.taught(x, archs[0]) if k else None  # (2)
+            for arch in archs:
+                z = self.net(x, arch, drop=self.drop)
+                loss = self.setup.loss(z, y)
+                if p is not None:
+                    loss = self.kd_ratio * soft_cross_entropy(z, p) + loss
+                self.w.add(share * loss)  # (3)
+                parts.append({"train/loss": loss.detach(), "train/top1": top1(z, y)})
+            self.w.step(norm=True)
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm, "shrink/phase": float(k)}
 
     def begin(self, k: int) -> None:
         """Of phase ``k`` after the first, before its first step."""
@@ -157,7 +158,7 @@ class OFA:
         """The teacher's logits at the resolution of ``arch``; None where there is no teacher."""
         if self.teacher is None:
             return None
-        full = self.space.largest()
+        full = self.plan.full
         with undropped(self.teacher):
             return self.teacher(x, full | {RESOLUTION: arch[RESOLUTION]} if RESOLUTION in full else full)
 
@@ -180,14 +181,16 @@ class OFA:
 
 class Plan:
     """The phases of a run: their ``starts`` in steps, their ``spaces``, and the rate at every step. Follows from the recipe and
-    the length of the run; its state only makes sure of that."""
+    the length of the run; its state makes sure of that. ``full``: the network that the first phase trains, the teacher's; it is
+    state, as a part of the space may go on where the whole was taught."""
 
-    def __init__(self, phases: Sequence[Phase], weights: Weights, warmup_from: float, setup: Setup) -> None:
+    def __init__(self, phases: Sequence[Phase], weights: Weights, warmup_from: float, setup: Setup,
+                 written_for: SearchSpace | None = None) -> None:  # fmt: skip
         assert setup.space is not None
         self.phases = list(phases)
         whole, ends = sum(phase.length for phase in phases), accumulate(phase.length for phase in phases)
         self.starts = [0, *(round(setup.steps * end / whole) for end in ends)]
-        self.spaces = opened(setup.space, phases)
+        self.spaces, self.full = opened(setup.space, phases, written_for), setup.space.largest()
         self.factors = []
         for phase, begin, end in zip(phases, self.starts, self.starts[1:]):
             steps, warmup = end - begin, round((end - begin) * phase.warmup / phase.length)
@@ -213,25 +216,27 @@ class Plan:
         return ratio * fall(done - warmup)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"starts": list(self.starts)}
+        return {"starts": list(self.starts), "full": dict(self.full)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """ValueError where the phases of the checkpoint began at other steps."""
         if state["starts"] != self.starts:
             raise ValueError(f"checkpoint: its phases begin at steps {state['starts']}, here {self.starts}. Resume with the "
                              "phases that it was written with.")  # fmt: skip
+        self.full = dict(state.get("full", self.full))
 
 
-def opened(space: SearchSpace, phases: Sequence[Phase]) -> list[SearchSpace]:
+def opened(space: SearchSpace, phases: Sequence[Phase], whole: SearchSpace | None = None) -> list[SearchSpace]:
     """The space of each phase: what it and those before it opened, the largest option of all other choices; followers follow,
-    resolution is always open. ValueError where a pattern matches nothing, and where the last leaves shut what the space has."""
+    resolution is always open. ``whole``: what the phases were written for, where ``space`` is a part of that (a split's).
+    ValueError where a pattern matches nothing, and where the last leaves shut what the space has."""
     patterns: dict[str, Any] = {}
     found = []
     for phase in phases:
         patterns |= phase.opens
         shut = {name: "largest" for name in space.free
                 if name != RESOLUTION and not any(fnmatchcase(name, pattern) for pattern in patterns)}  # fmt: skip
-        found.append(restricted(space, shut | patterns))
+        found.append(restricted(space, shut | fitted(patterns, space, whole or space)))
     unopened = [name for name in space.free if found[-1][name].options != space[name].options]
     if unopened:
         raise ValueError(f"phases: none opens all of {unopened[0]} (and of {len(unopened) - 1} more), so untrained networks "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nas.descent import Descent
-from nas.losses import distillation, top1
+from nas.losses import distillation, means, top1
 from nas.optimizers import optimizer
 from nas.protocols import Draw, Metrics, Moment, Setup
 from nas.schedules import Schedule, cosine, cosine_per_epoch
@@ -108,7 +108,7 @@ class Plain:
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
         rate, teacher, drop = self.w.rate, self.setup.teacher, self.drop(now)
-        more: dict[str, float | Tensor] = {}
+        parts = list[dict[str, Tensor]]()
         for _ in range(self.accumulate):
             x, y, _ = draw("train")
             z, z_auxiliary = self._logits(x, drop)
@@ -118,17 +118,15 @@ class Plain:
                 with torch.no_grad():
                     z_teacher = teacher(x)
                 loss = distillation(z, z_teacher, y, self.lam, self.T, self.setup.loss)  # (14)
+            found = {"train/top1": top1(z, y)}
             if z_auxiliary is not None:
                 beside = self.setup.loss(z_auxiliary, y)
-                more["train/auxiliary"] = beside.detach()
+                found["train/auxiliary"] = beside.detach()
                 loss = loss + self.auxiliary * beside
             self.w.down(loss, norm=True)
-        if self.drop_path:
-            more["train/drop_path"] = drop
-        return {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-            **more,
-        }  # fmt: skip
+            parts.append({"train/loss": loss.detach(), **found})
+        more = {"train/drop_path": drop} if self.drop_path else {}
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm, **more}
 
     def drop(self, now: Moment) -> float:
         """The strength of drop path at this moment, before the share of a cell."""

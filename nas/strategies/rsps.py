@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nas.bilevel import Weights, space_and_costs, undropped
 from nas.descent import average
-from nas.losses import top1
+from nas.losses import means, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
@@ -42,22 +43,22 @@ class RSPS:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "RSPS")
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
         self.chosen: Arch = self.space.smallest()
 
     def passes(self) -> float:
-        return 1
+        return self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate = self.w.rate
-        x, y, _ = draw("train")
+        rate, parts = self.w.rate, list[dict[str, Tensor]]()
         self.chosen = self.space.sample(now.rng)
-        z = self.net(x, self.chosen)
-        loss = self.setup.loss(z, y)
-        self.w.down(loss, norm=True)  # (1)
-        found: Metrics = {
-            "train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm,
-        }  # fmt: skip
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            z = self.net(x, self.chosen)
+            loss = self.setup.loss(z, y)
+            self.w.down(loss, norm=True)  # (1)
+            parts.append({"train/loss": loss.detach(), "train/top1": top1(z, y)})
+        found: Metrics = {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
         return {**found, **(self.select(draw, now) if now.step + 1 == now.steps else {})}
 
     @torch.no_grad()
@@ -82,6 +83,12 @@ class RSPS:
         return {}
 
     def architecture(self) -> Arch:
+        """What was chosen. Of a part of a space that was given its parent's state, that may be gone: the smallest, until the
+        first step."""
+        try:
+            self.space.check(self.chosen)
+        except ValueError:
+            return self.space.smallest()
         return dict(self.chosen)
 
     def fits(self, arch: Mapping[str, Value]) -> bool:

@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from nas.bilevel import Weights, space_and_costs
-from nas.losses import top1
+from nas.losses import means, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
 
@@ -31,18 +33,20 @@ class SPOS:
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "SPOS")
-        self.w = self.weights.descent(self.net.parameters(), setup)
+        self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
 
     def passes(self) -> float:
-        return 1
+        return self.weights.accumulate
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
-        rate = self.w.rate
-        x, y, _ = draw("train")
-        z = self.net(x, self.arch(now))
-        loss = self.setup.loss(z, y)
-        self.w.down(loss, norm=True)  # (1)
-        return {"train/loss": loss.detach(), "train/top1": top1(z, y), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
+        rate, arch, parts = self.w.rate, self.arch(now), list[dict[str, Tensor]]()
+        for _ in range(self.weights.accumulate):
+            x, y, _ = draw("train")
+            z = self.net(x, arch)
+            loss = self.setup.loss(z, y)
+            self.w.down(loss, norm=True)  # (1)
+            parts.append({"train/loss": loss.detach(), "train/top1": top1(z, y)})
+        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         return self.space.sample(now.rng)

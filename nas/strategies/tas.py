@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nas.alpha import Alpha
+from nas.bilevel import something_open
 from nas.budget import budget
 from nas.descent import Descent
 from nas.losses import top1
@@ -82,6 +83,7 @@ class TAS:
         if setup.space is None or setup.costs is None:
             raise ValueError("TAS searches a space: give the run a supernet, its space and a cost table.")
         self.setup, self.net, self.space, self.costs = setup, setup.net, setup.space, setup.costs
+        something_open(self.space)
         self.F_max = float(self.costs.of(self.space.root.largest()))
         self.R = budget(self.target, self.costs, self.space)
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,

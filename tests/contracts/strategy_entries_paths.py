@@ -1,6 +1,8 @@
 """Strategies without alphas that leave the pick to a searcher: uniform and fair paths, and the sandwich of BigNAS."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 from strategy_entry import ALONE, Entry
 
 from nas.bilevel import Weights
@@ -35,6 +37,9 @@ ENTRIES = [
     Entry("bignas-mean-mobile-sized", lambda: BigNAS(3, combine="mean", weights=sgd()), "mobile-sized", ALONE, runs="sandwich",
           asks=TRAIN, slow=True),
     spos("cells"), spos("mobile"), spos("macro", slow=True),
+    Entry("spos-two-batches-cells", lambda: SPOS(Weights(accumulate=2)), "cells", ALONE, runs="path", asks=TRAIN * 2),
+    Entry("bignas-two-batches-tied", lambda: BigNAS(weights=replace(rmsprop(), accumulate=2)), "tied", ALONE, runs="sandwich",
+          asks=TRAIN * 2, slow=True),
     Entry("fairnas-cells", FairNAS, "cells", ALONE, runs="sandwich", asks=TRAIN, legal=False, refuses=("some",)),
     Entry("fairnas-mean-macro", lambda: FairNAS("mean", sgd()), "macro", ALONE, runs="sandwich", asks=TRAIN, legal=False,
           refuses=("some",), slow=True),

@@ -272,7 +272,7 @@ def fewer(s: Any) -> None:
 
 
 def first_candidate(s: Any) -> None:
-    s.attended = lambda x, y, rng: s.bins.draw(rng, s.candidates)[0]
+    s.attended = lambda batches, rng: s.bins.draw(rng, s.candidates)[0]
 
 
 def uniform(s: Any) -> None:

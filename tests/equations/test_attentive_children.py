@@ -96,10 +96,9 @@ def test_best_up_takes_the_least_loss_and_worst_up_the_most(pick: str, says: lis
     strategy = Attentive(pick=pick, **BINS)
     strategy.start(Setup(net, net.space, CostTable(net, (8, 8)), lambda z, y: z.sum(), None, STEPS, EPOCH_STEPS, B))
     rng, twin = random.Random(4), random.Random(4)
-    x, y, _ = batch(0)
     candidates = strategy.bins.draw(twin, 3)
     assert len({tuple(arch.values()) for arch in candidates}) == 3
-    assert strategy.attended(x, y, rng) == candidates[expected] and net.says == []
+    assert strategy.attended([batch(0)], rng) == candidates[expected] and net.says == []
 
 
 def test_scores_are_averaged_over_ranks_before_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +107,9 @@ def test_scores_are_averaged_over_ranks_before_they_decide(monkeypatch: pytest.M
     x, y, _ = batch(0)
     candidates = strategy.bins.draw(random.Random(4), 3)
     losses = [LOSS(strategy.net(x, arch), y).item() for arch in candidates]
-    assert strategy.attended(x, y, random.Random(4)) == candidates[losses.index(min(losses))]
+    assert strategy.attended([batch(0)], random.Random(4)) == candidates[losses.index(min(losses))]
     monkeypatch.setattr(attentive, "average", lambda mine: (mine - 3 * mine) / 2)
-    assert strategy.attended(x, y, random.Random(4)) == candidates[losses.index(max(losses))]
+    assert strategy.attended([batch(0)], random.Random(4)) == candidates[losses.index(max(losses))]
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -127,7 +126,7 @@ def test_scoring_changes_nothing(kind: str) -> None:
 
     before, noise = all_there_is(), torch.random.get_rng_state()
     with watched_graphs() as graphs:
-        strategy.attended(x, y, now.rng)
+        strategy.attended([batch(0)], now.rng)
     after = all_there_is()
     assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
     assert torch.equal(torch.random.get_rng_state(), noise) and graphs == []

@@ -203,7 +203,7 @@ def mean_for_sum(strategy: Any) -> None:
 
 
 def uniform_paths(strategy: Any) -> None:
-    strategy.paths = lambda now: [strategy.space.sample(now.rng) for _ in range(strategy.n)]
+    strategy.paths = lambda now: [strategy.space.sample(now.rng) for _ in range(strategy.count)]
 
 
 def one_path_fewer(strategy: Any) -> None:
