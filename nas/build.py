@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import fx, nn
 
 from nas import ranks
+from nas.bilevel import weights_of
 from nas.budget import Budget
 from nas.cost import PRICES, CostTable
 from nas.data import Data
@@ -25,8 +26,9 @@ from nas.engine import seed_from
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.precision import in_precision
-from nas.protocols import Searcher, Setup, Strategy, Supernet
+from nas.protocols import Searcher, Served, Setup, Strategy, Supernet
 from nas.recipe import UsageError, build
+from nas.splits.split import Split
 from search_spaces.arch import ArchFile, space_of
 from search_spaces.patterns import restricted, tied
 from search_spaces.space import Arch, SearchSpace
@@ -38,7 +40,9 @@ from supernets.extract import TrainingForm, extract, training_form
 class Built:
     """Everything a search needs. ``net`` runs in the recipe's precision; ``costs`` are MACs of the derived view.
 
-    ``searcher`` picks, within the limits of ``select``; None: the strategy derives.
+    ``space``: what is searched, the net's own space or a part. ``searcher`` picks, within the limits of ``select``; None: the
+    strategy derives. ``split``: how the supernet becomes several, None: it stays one. Of a trained run: ``step``, how far it
+    has come, ``finished``, and the ``tree`` of one with splits, which serves in the place of the strategy.
     """
 
     device: torch.device
@@ -52,6 +56,15 @@ class Built:
     setup: Setup
     searcher: Searcher | None = None
     select: Select = field(default_factory=Select)
+    split: Split | None = None
+    step: int = 0
+    finished: bool = False
+    tree: Served | None = None
+
+    @property
+    def trained(self) -> Served:
+        """What is read of the training."""
+        return self.strategy if self.tree is None else self.tree
 
     @property
     def budget(self) -> Budget | None:
@@ -116,7 +129,8 @@ def assemble(config: Namespace) -> Built:
     net = in_precision(net.to(device), config.precision, config.channels_last)
     return gather(data, net, build(config.strategy), loss_of(config), epochs=config.epochs, seed=config.seed, device=device,
                   group=group, searcher=build(config.searcher) if config.searcher else None,
-                  select=Select(**config.select.as_dict()))  # fmt: skip
+                  select=Select(**config.select.as_dict()), part=config.part,
+                  split=Split(**config.split.as_dict()))  # fmt: skip
 
 
 def supernet_of(config: Namespace, space: SearchSpace, data: Data) -> Any:
@@ -134,13 +148,19 @@ def supernet_of(config: Namespace, space: SearchSpace, data: Data) -> Any:
 
 def gather(
     data: Data, net: Any, strategy: Strategy, loss: CrossEntropy, *, epochs: int, seed: int, device: torch.device,
-    group: ranks.Ranks, searcher: Searcher | None = None, select: Select | None = None,
+    group: ranks.Ranks, searcher: Searcher | None = None, select: Select | None = None, part: Mapping[str, Any] | None = None,
+    split: Split | None = None,
 ) -> Built:  # fmt: skip
-    """The parts of a search, with the cost table and the setup that follow from them. ValueError where data do not fit."""
+    """The parts of a search, with the cost table and the setup that follow from them. ``part``: patterns of what is searched,
+    of the net's space. ValueError where data do not fit."""
+    space = restricted(net.space, part) if part else net.space
     costs = CostTable(net, data.shape[1:])
-    epoch_steps = data.feed(seed, device, group.rank, group.world).epoch_steps()
-    setup = Setup(net, net.space, costs, loss, None, epochs * epoch_steps, epoch_steps, data.count("train"))
-    return Built(device, group, data, net.space, net, costs, strategy, loss, setup, searcher, select or Select())
+    weights = weights_of(strategy)
+    accumulate = 1 if weights is None else weights.accumulate  # an epoch is every image once, as of nas retrain
+    epoch_steps = data.feed(seed, device, group.rank, group.world).epoch_steps() // accumulate or 1
+    setup = Setup(net, space, costs, loss, None, epochs * epoch_steps, epoch_steps, data.count("train"))
+    split = split if split is not None and split.levels else None
+    return Built(device, group, data, space, net, costs, strategy, loss, setup, searcher, select or Select(), split)
 
 
 def load_weights(path: str) -> dict[str, torch.Tensor]:

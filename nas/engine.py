@@ -72,26 +72,29 @@ def train(
     epoch_steps: int,
     seed: int,
     start: int = 0,
+    until: int | None = None,
     every: Sequence[tuple[int, Act]] = (),
     stop: Callable[[], str | None] = lambda: None,
 ) -> Outcome:
-    """Steps ``start`` to ``steps`` of a started ``strategy``. ``every``: (period in steps, act), in this order.
+    """Steps ``start`` to ``steps`` of a started ``strategy``, or to ``until``, where it is another's turn. ``every``: (period
+    in steps, act), in this order.
 
     ``stop`` is asked after every step: a reason ends the run there. Passes on what the log raises (NonFiniteLoss);
     raises ValueError where a period is not positive.
     """
     if any(period < 1 for period, _ in every):
         raise ValueError(f"every: periods {[period for period, _ in every]}. Allowed: 1 step or more.")
-    for step in range(start, steps):
+    end = steps if until is None else until
+    for step in range(start, end):
         now = moment(step, steps, epoch_steps, seed)
         log(now, strategy.update(draw, now))
         for period, act in every:
             if (step + 1) % period == 0:
                 act(now, strategy)
         reason = stop()
-        if reason and step + 1 < steps:
+        if reason and step + 1 < end:
             return Outcome(reason, step + 1)
-    return Outcome("done", max(start, steps))
+    return Outcome("done", max(start, end))
 
 
 class Stop:

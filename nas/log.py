@@ -47,6 +47,7 @@ class RunLogs(Protocol):
     """What a run asks of its log, beyond ``nas.protocols.Log``: ``RunLog`` on the main rank, ``Silent`` elsewhere."""
 
     latest: dict[str, float]
+    until: int | None  # the step at which the run ends, where that is before the last of its schedules
 
     def __call__(self, now: Moment, metrics: Metrics) -> None: ...
     def now(self, step: int, tags: Metrics) -> None: ...
@@ -72,6 +73,7 @@ class RunLog:
             raise ValueError(f"log: period = {period}. Allowed: 1 or more steps.")
         self.folder, self.period, self.world = folder, period, world
         self.latest: dict[str, float] = {}  # means of the last window, for progress
+        self.until: int | None = None
         self.pending: dict[str, list[tuple[int, float | Tensor]]] = {}  # tag -> (step, value) of the open window
         cut(folder, start)
         self.metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the run; see close)
@@ -90,7 +92,7 @@ class RunLog:
                     raise ValueError(f"metric {tag}: shape {tuple(value.shape)}. Allowed: one number; see histogram.")
                 value = value.detach().clone()  # not the strategy's own memory, which the next step may overwrite
             self.pending.setdefault(tag, []).append((now.step, value))
-        if (now.step + 1) % self.period == 0 or now.step + 1 == now.steps:
+        if (now.step + 1) % self.period == 0 or now.step + 1 in (now.steps, self.until):
             self._close_window(now)
 
     def now(self, step: int, tags: Metrics) -> None:
@@ -183,6 +185,7 @@ class Silent:
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
+        self.until: int | None = None
 
     def __call__(self, now: Moment, metrics: Metrics) -> None: ...
     def now(self, step: int, tags: Metrics) -> None: ...

@@ -117,6 +117,11 @@ class Picks:
             "weights": "supernet", "bn": "recalibrated",
         }  # fmt: skip
 
+    @staticmethod
+    def fresh() -> dict[str, Any]:
+        """The state before the first reading."""
+        return {"best": None, "last": None, "history": [], "warned": {}, "norm": None, "peak": None}
+
     def state_dict(self) -> dict[str, Any]:
         self._gradient()
         return {"best": self.best, "last": self.last, "history": self.history, "warned": self.warned, "norm": self.norm,

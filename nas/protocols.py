@@ -99,7 +99,27 @@ class Setup(NamedTuple):
     images: int
 
 
-class Strategy(Protocol):
+class Served(Protocol):
+    """What is read of a training: of a strategy, or of a tree of several."""
+
+    def probabilities(self) -> Mapping[str, Sequence[float]]:
+        """What it believes of each choice, over the root's options; empty where it has no such belief."""
+        ...
+
+    def architecture(self) -> Arch:
+        """The architecture that it would derive now."""
+        ...
+
+    def fits(self, arch: Mapping[str, Value]) -> bool:
+        """Whether ``arch`` meets its own budget; True where it has none."""
+        ...
+
+    def network(self, arch: Mapping[str, Setting]) -> Any:
+        """The weights that serve ``arch``: the net, a copy, the moving average, a leaf of a tree."""
+        ...
+
+
+class Strategy(Served, Protocol):
     """One paper: a dataclass of its hyper-parameters. The engine calls ``start`` once, then ``update`` every step."""
 
     def start(self, setup: Setup) -> None:
@@ -116,22 +136,6 @@ class Strategy(Protocol):
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:
         """What the next weight step would run: mixture, sample or path."""
-        ...
-
-    def probabilities(self) -> Mapping[str, Sequence[float]]:
-        """What the strategy believes of each choice, over the root's options; empty where it has no such belief."""
-        ...
-
-    def architecture(self) -> Arch:
-        """The architecture that the strategy would derive now."""
-        ...
-
-    def fits(self, arch: Mapping[str, Value]) -> bool:
-        """Whether ``arch`` meets the strategy's own budget; True where it has none."""
-        ...
-
-    def network(self, arch: Mapping[str, Setting]) -> Any:
-        """The weights that serve ``arch``: the net, a copy, the moving average, a leaf of a tree."""
         ...
 
 

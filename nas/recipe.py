@@ -25,6 +25,7 @@ from nas.explain import explain, keys_of, section_of
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.protocols import Searcher, Strategy
+from nas.splits.split import Split
 from nas.strategies.plain import Plain
 from search_spaces.space import SearchSpace
 
@@ -65,8 +66,11 @@ def search_parser() -> ArgumentParser:
     parser.add_argument("--searcher", type=Searcher | None, default=None,
                         help="picks an architecture when the supernet is trained; default: what the strategy derives")
     parser.add_class_arguments(Select, "select")
+    parser.add_class_arguments(Split, "split")
     parser.add_argument("--restrict", type=dict[str, Any], default={},
                         help="pattern -> options, largest, smallest, or how many of the largest")
+    parser.add_argument("--part", type=dict[str, Any], default={},
+                        help="as restrict: the part that is searched, by the supernet of the whole space (what a split leaves)")
     parser.add_argument("--tie", type=dict[str, Any], default={}, help="pattern -> {leader: NAME, values: {its option: own}}")
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(CrossEntropy, "loss")

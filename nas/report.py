@@ -16,6 +16,7 @@ from nas.budget import Budget, figure
 from nas.build import Built
 from nas.cost import PRICES
 from nas.picks import Picks
+from nas.protocols import Found
 from search_spaces.space import Value
 
 COLUMNS = {
@@ -24,6 +25,9 @@ COLUMNS = {
     "norm": "alpha gradient norm", "subnet/smallest/top1": "smallest top-1", "subnet/middle/top1": "middle top-1",
     "subnet/largest/top1": "largest top-1",
 }  # fmt: skip
+
+ROWS, LONG = 10, 120
+"""Of the table of a front: rows at most, and the longest text of an architecture that it shows."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -41,15 +45,18 @@ def write_whole(path: Path, text: str) -> None:
 
 def report(
     built: Built, picks: Picks, pick: Mapping[str, Any], config: Mapping[str, Any], folder: Path,
-    random: Mapping[str, Any] | None = None,
+    random: Mapping[str, Any] | None = None, splits: str = "",
 ) -> str:  # fmt: skip
     """The report of a finished search in ``folder``. ``pick``: the one of ``picks`` that arch.json holds. ``random``: what
-    ``nas.beside.compare`` found, where it was asked."""
+    ``nas.beside.compare`` found, where it was asked. ``splits``: what is to be said of several supernets; ``picks`` are then
+    those of the one that serves ``pick``."""
     parts = [
         f"# Search: {folder.name}",
         _asked(built, config),
         "## Result\n\n" + _found(built, picks, pick),
     ]
+    if splits:
+        parts.append("## Supernets\n\n" + splits)
     warned = warning_lines(picks.warned, picks.history[-1]["step"])
     if picks.derive:
         parts.append("## Health\n\n" + health_table(picks.history) + "\n\n" + warned)
@@ -64,8 +71,9 @@ def against_budget(budget: Budget, arch: Mapping[str, Value]) -> str:
     """What ``arch`` costs at the price of a (started) budget, beside its target, in one line."""
     unit = {"macs": "MACs", "params": "parameters"}.get(budget.price, budget.price if budget.price in PRICES else "ms")
     cost, by = budget.table.of(arch), "" if budget.price in PRICES else f" by {budget.price}"
+    target = round(budget.R) if budget.price in PRICES else budget.R  # half a MAC is nothing
     share = f" ({budget.target} of the largest)" if str(budget.target).strip().endswith("%") else ""
-    return f"Budget: {figure(cost)} {unit}{by}, {cost / budget.R:.1%} of the target of {figure(budget.R)} {unit}{share}"
+    return f"Budget: {figure(cost)} {unit}{by}, {cost / budget.R:.1%} of the target of {figure(target)} {unit}{share}"
 
 
 def settings(strategy: Any) -> str:
@@ -117,7 +125,9 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
     setup, space = built.setup, built.space
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     passes = built.strategy.passes()
-    images = round(setup.steps * passes) * built.data.batch_size
+    images = f"{round(setup.steps * passes) * built.data.batch_size:,} image-passes"
+    if built.split is not None:
+        images = f"of every path from the root supernet to a leaf: {settings(built.split)}"
     lines = [["asked", ""], ["---", "---"]]
     lines += [
         ["strategy", settings(built.strategy)],
@@ -126,7 +136,7 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
         ["data", built.data.describe()],
         ["space", f"{space!r}: {len(space.free)} open choices, {float(space.size):.3g} architectures"],
         ["length", f"{setup.steps:,} steps, {setup.steps / setup.epoch_steps:g} epochs, {passes:g} passes of "
-                   f"{built.data.batch_size} images a step: {images:,} image-passes"],
+                   f"{built.data.batch_size} images a step: {images}"],
     ]  # fmt: skip
     return _table(lines)
 
@@ -144,7 +154,7 @@ def _found(built: Built, picks: Picks, pick: Mapping[str, Any]) -> str:
         words += (f" It was derived after step {pick['step'] + 1:,}: the best that meets the strategy's budget. The last one "
                   "misses it and is in arch-last.json.")  # fmt: skip
     if "searcher" in pick:
-        words += "\n\n" + selected(pick)
+        words += "\n\n" + selected(pick) + "\n\n" + front_table(built, pick)
     elif not pick["fits"]:
         words += " It misses the strategy's budget, as every architecture that was derived did."
     if built.budget is not None:
@@ -156,7 +166,27 @@ def selected(pick: Mapping[str, Any]) -> str:
     """By which searcher ``pick`` was found, under which limits, among how many subnets."""
     limits = ", ".join(f"{name} = {amount}" for name, amount in pick["limits"].items()) or "none"
     return (f"Picked by {pick['searcher']}: the best of {pick['scored']:,} subnets that were scored. Limits: {limits}. "
-            f"{pick['front']:,} of them are on the front of accuracy over MACs: pareto.csv, pareto.png.")  # fmt: skip
+            f"{len(pick['front']):,} of them are on the front of accuracy over MACs: pareto.csv, pareto.png.")  # fmt: skip
+
+
+def front_table(built: Built, pick: Mapping[str, Any]) -> str:
+    """The front that ``pick`` was taken from, from the cheapest to the dearest, and the pick, marked. Of more than ``ROWS``
+    the ends, the pick, and others evenly between them."""
+    text = built.space.text
+    picked = Found(pick["arch"], pick["metric"]["value"], built.prices(pick["arch"]))
+    others = [found for found in pick["front"] if text(found.arch) != text(picked.arch)]
+    found = sorted([*others, picked], key=lambda one: (one.costs["macs"], one.score))
+    at, last = found.index(picked), len(found) - 1
+    shown = {round(i * last / (ROWS - 1)) for i in range(ROWS)} if last >= ROWS else set(range(last + 1))
+    if at not in shown:
+        shown ^= {at, min(shown - {0, last}, key=lambda i: abs(i - at))}
+    lines = [["", "MACs", "parameters", "top-1", "architecture"], ["---", "---:", "---:", "---:", "---"]]
+    for i in sorted(shown):
+        name, mark = text(found[i].arch), "**picked**" if i == at else ""
+        where = f"`{name}`" if len(name) <= LONG else "arch.json" if i == at else "see pareto.csv"
+        macs, params = (f"{found[i].costs[price]:,}" for price in ("macs", "params"))
+        lines.append([mark, macs, params, f"{found[i].score:.4f}", where])
+    return _table(lines) + ("" if len(shown) > last else f"\n\n{len(shown)} of {last + 1:,}, evenly between the ends.")
 
 
 def warning_lines(warned: Mapping[str, Mapping[str, Any]], end: float) -> str:

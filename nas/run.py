@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -56,7 +57,8 @@ def explicit(out: str, resume: str, ranks: Ranks) -> Path:
 
 class Run:
     """The folder of one run. ``resume``: "auto" continues the newest of ``out``, ``out``-2, ... that has a checkpoint;
-    "never", or nothing to continue: ``out``, or the first ``out``-2, ``out``-3, ... that is free.
+    "never", or nothing to continue: ``out``, or the first ``out``-2, ``out``-3, ... that is free. ``exact``: ``out`` itself,
+    which is this run's and no other's, whatever is in it: continued, or begun (again).
 
     Attributes: ``folder``; ``start``, the first step to do; ``log``. Only the main rank writes.
     Raises ValueError where the checkpoint to continue from is damaged or of another ``config`` (plain data).
@@ -71,12 +73,15 @@ class Run:
         ranks: Ranks = _ALONE,
         resume: str = "auto",
         period: int = 10,
+        exact: bool = False,
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f"resume = {resume!r}. Allowed: 'auto', 'never'.")
         self.config = json.loads(json.dumps(config))  # plain data only, as it will be read back
         self.device, self.ranks = torch.device(device), ranks
-        self.folder = Path(share(str(_choose(Path(out), resume, self.config) if ranks.main else "")))
+        found = Path(out) if exact or not ranks.main else _choose(Path(out), resume, self.config)
+        self.folder = Path(share(str(found)))
+        self.period = period
         self.made = not self.folder.exists()
         self.checkpoints = self.folder / "checkpoints"
         self.loaded: dict[str, Any] | None = None
@@ -104,15 +109,19 @@ class Run:
         draw: Source,
         *,
         seed: int,
+        until: int | None = None,
         every: Sequence[tuple[int, Act]] = (),
         save_every: int | None = None,
         max_time: float | None = None,
+        stop: Callable[[], str | None] | None = None,
         keep: Mapping[str, Stateful] | None = None,
     ) -> Outcome:
-        """Start ``strategy``, or restore it, and train it to ``setup.steps``; the end is saved, whatever ended it.
+        """Start ``strategy``, or restore it, and train it to ``setup.steps``, or to ``until``; the end is saved, whatever ended
+        it.
 
         ``every``: (period in steps, act). ``save_every``: steps between checkpoints, an epoch by default.
-        ``max_time``: seconds. ``keep``: what else is part of a checkpoint, by name (an act with a memory).
+        ``max_time``: seconds. ``stop``: asked after every step in the place of signals and a time of its own, by who has them.
+        ``keep``: what else is part of a checkpoint, by name (an act with a memory).
         Raises TypeError where the strategy holds what a checkpoint cannot, NonFiniteLoss (with the state in
         checkpoints/failed.pt) where a loss or a trained parameter is not finite.
         """
@@ -133,14 +142,16 @@ class Run:
         if self.ranks.main:
             checkpoint.keep_teacher(self.checkpoints, strategy)
         acts = [*every, (setup.epoch_steps if save_every is None else save_every, self._save_act)]
-        progress = Progress(setup.steps, self.start, lambda: self.log.latest) if self.ranks.main else None
+        end = setup.steps if until is None else until
+        progress = Progress(end, self.start, lambda: self.log.latest) if self.ranks.main else None
+        self.log.until = until
         if progress:
             acts.append((1, progress))
         try:
-            with signals(max_time) as stop:
+            with signals(max_time) if stop is None else nullcontext(stop) as asked:
                 outcome = train(
                     strategy, _Timed(draw, self.log), self.log, steps=setup.steps, epoch_steps=setup.epoch_steps,
-                    seed=seed, start=self.start, every=acts, stop=stop,
+                    seed=seed, start=self.start, until=until, every=acts, stop=asked,
                 )  # fmt: skip
                 self.save(outcome.step)
         except NonFiniteLoss as failure:

@@ -38,6 +38,9 @@ from nas.recalibrate import install
 from nas.report import against_budget, report, settings, write_whole
 from nas.run import Run
 from nas.select import Picked, draw, prepare, select, write
+from nas.splits import grow
+from nas.splits.split import Split
+from nas.splits.tree import Tree
 from search_spaces.arch import ArchFile, read_arch, write_arch
 from search_spaces.space import Arch
 from supernets.elastic import Normalise
@@ -64,13 +67,14 @@ class Found(NamedTuple):
 def search(
     data: Data | Loaders, net: Any, strategy: Strategy, *, epochs: int, out: str | Path, seed: int = 1,
     device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1, gap: bool = True,
-    beside: int = 0, searcher: Searcher | None = None, limits: Select | None = None,
+    beside: int = 0, searcher: Searcher | None = None, limits: Select | None = None, split: Split | None = None,
 ) -> Found:  # fmt: skip
     """``nas search`` for objects of your own: trains ``net`` over ``net.space`` in the run folder ``out``.
 
     ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture,
     with ``gap`` of the mixture too. ``beside``: random networks to train at equal cost afterwards (nas/beside.py).
-    ``searcher``: picks within ``limits`` when the training is over; default: what the strategy derives.
+    ``searcher``: picks within ``limits`` when the training is over; default: what the strategy derives. ``split``: how the
+    supernet becomes several (nas/splits).
     ``resume``: "auto" goes on where a killed run of ``out`` stopped. Ctrl-C and SIGTERM save, then raise SystemExit.
     Raises ValueError where the parts do not fit, before a folder is made.
     """
@@ -80,12 +84,12 @@ def search(
     group = ranks.start(place)
     # Loaders answers what Data does; only recipes build Data from arguments.
     built = gather(cast(Data, data), net.to(place), strategy, loss or CrossEntropy(), epochs=epochs, seed=seed,
-                   device=place, group=group, searcher=searcher, select=limits)  # fmt: skip
+                   device=place, group=group, searcher=searcher, select=limits, split=split)  # fmt: skip
     rehearse(built, Beside(beside))
     space = {"name": net.space.name, "args": net.space.args}
     values = json.loads(json.dumps(vars(strategy), default=str))
     config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe(),
-                         "searcher": searcher and settings(searcher), "limits": repr(limits)},
+                         "searcher": searcher and settings(searcher), "limits": repr(limits), "split": repr(split)},
               "epochs": epochs, "seed": seed, "every": every, "gap": gap}  # fmt: skip
     run = Run(out, config, device=place, ranks=group, resume=resume)
     try:
@@ -100,10 +104,15 @@ def search(
 
 def rehearse(built: Built, beside: Beside) -> None:
     """ValueError for what does not fit, before a folder is made: the strategy's budget, the searcher's limits, a split that
-    picks would read, more random networks than there are steps for them."""
+    picks would read, more random networks than there are steps for them, splits of the supernet."""
     built.data.reads("select")
     strategy = copy.copy(built.strategy)
     strategy.start(built.setup)
+    if built.split is not None:
+        if beside.networks:
+            raise ValueError(f"beside.random = {beside.networks}: what a run with splits costs is not known before its end. "
+                             "Leave one of the two out.")  # fmt: skip
+        grow.rehearse(Tree(built, built.split, Path(), epochs_of(built), 0))
     if built.searcher is not None:
         prepare(built, copy.copy(built.searcher), built.select)
     beside.length(built, strategy)
@@ -126,6 +135,8 @@ def train(
     ``every``: epochs between readings on ``images`` of the select split, after ``bn_images`` recalibrated batch norms;
     ``gap``: of the mixture too. ``max_time``: seconds for all of it.
     """
+    if built.split is not None:
+        return _grown(built, run, config, seed, grow.Reading(every, images, bn_images, gap), max_time)
     began = time.monotonic()
     if built.ranks.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
@@ -159,6 +170,46 @@ def train(
         _report(built, picks, config, run.folder, chosen, random)
         _log.info("random.json: %s", words(random))
     return Ended(outcome, path, random)
+
+
+def _grown(
+    built: Built, run: Run, config: Mapping[str, Any], seed: int, reading: grow.Reading, max_time: float | None
+) -> Ended:
+    """Trains and splits (nas/splits), then picks among all leaves, and writes what ``train`` does."""
+    assert built.split is not None
+    began, tree = time.monotonic(), Tree(built, built.split, run.folder, epochs_of(built), seed)
+    outcome = grow.grow(tree, run, config, reading, max_time)
+    if outcome.reason != "done":
+        return _stop(built, run, outcome, "")
+    if not built.ranks.main:
+        return Ended(outcome)
+    built.strategy.start(built.setup)  # for its budget: the leaves have strategies of their own
+    built = tree.trained()
+    found = grow.leaves(tree)
+    leaf = grow.choose(found)
+    picked: Picked | str = ""
+    if built.searcher is not None:
+        picked = _select(built, built.searcher, config, run.folder, _left(max_time, began))
+        if isinstance(picked, str):
+            return _stop(built, run, outcome._replace(reason=picked), " while it picked")
+        leaf = next(one for one in found if one.node.path == tree.leaf(picked.best.arch).path)
+    picks = Picks(built.space, built.data, built.device, run.log, built.ranks, derive=built.searcher is None)
+    picks.load_state_dict(leaf.picks)
+    splits = grow.told(tree, found, leaf)
+    if isinstance(picked, Picked):
+        _picked(built, picks, config, run.folder, picked, splits)
+    else:
+        row = leaf.row
+        if not row["fits"]:
+            _log.warning("no leaf derived an architecture within the tolerance of the budget: arch.json misses it")
+        file = _write(built, row, config, run.folder / "arch.json")
+        _report(built, picks, config, run.folder, row, splits=splits)
+        _say(built, file, row)
+    return Ended(outcome, run.folder / "arch.json")
+
+
+def epochs_of(built: Built) -> int:
+    return built.setup.steps // built.setup.epoch_steps
 
 
 def _left(max_time: float | None, began: float) -> float | None:
@@ -212,20 +263,22 @@ def _select(built: Built, searcher: Searcher, config: Mapping[str, Any], folder:
             late = stop.deadline is not None and time.monotonic() >= stop.deadline
             return stop.reason or ("time" if late else None)
 
-        return select(built, searcher, built.select, folder, config, built.setup.steps, due)
+        return select(built, searcher, built.select, folder, config, built.step or built.setup.steps, due)
 
 
-def _picked(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, found: Picked) -> dict[str, Any]:
+def _picked(
+    built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, found: Picked, splits: str = ""
+) -> dict[str, Any]:
     """Writes arch.json, pareto.csv, pareto.png and report.md for what a searcher picked; what ``conclude`` returns."""
     end = built.setup.steps - 1
-    if not picks.history or picks.history[-1]["step"] != end:
+    if built.tree is None and (not picks.history or picks.history[-1]["step"] != end):
         picks.look(end, built.setup.steps, built.strategy)
     file = write(built, found, built.select, config, folder / "arch.json")
     draw(built, found, folder)
     arch = found.best.arch
-    chosen = {"arch": arch, "metric": file.metrics["top1"], "step": end, "fits": built.strategy.fits(arch), **found.said,
-              "front": len(found.front)}  # fmt: skip
-    _report(built, picks, config, folder, chosen)
+    chosen = {"arch": arch, "metric": file.metrics["top1"], "step": end, "fits": built.trained.fits(arch), **found.said,
+              "front": found.front}  # fmt: skip
+    _report(built, picks, config, folder, chosen, splits=splits)
     _log.info("%s scored %d subnets, %d of them now; %d are on the front", found.said["searcher"], found.asked, found.fresh,
               len(found.front))  # fmt: skip
     _say(built, file, chosen)
@@ -253,9 +306,9 @@ def _write(built: Built, pick: Mapping[str, Any], config: Mapping[str, Any], pat
 
 def _report(
     built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, chosen: Mapping[str, Any],
-    random: Mapping[str, Any] | None = None,
+    random: Mapping[str, Any] | None = None, splits: str = "",
 ) -> None:  # fmt: skip
-    write_whole(folder / "report.md", report(built, picks, chosen, config, folder, random))
+    write_whole(folder / "report.md", report(built, picks, chosen, config, folder, random, splits))
 
 
 def bundle(
@@ -268,7 +321,7 @@ def bundle(
     serves ``arch``. Raises ValueError where weights cannot be inherited or ``out`` is in use, RuntimeError where the plain
     network is not what the supernet and its cost table say.
     """
-    net = built.strategy.network(arch) if trained else built.net
+    net = built.trained.network(arch) if trained else built.net
     x = next(iter(built.data.batches("train", built.device, batch_size=8))).x
     reference = None
     if inherit:

@@ -203,7 +203,7 @@ def _read(built: Built, scores: ScoreFile, codes: np.ndarray, limits: Select) ->
     if not len(unknown):
         return 0
     found: list[Score] = []
-    for net, group in groupby(built.space.decode(unknown), key=built.strategy.network):
+    for net, group in groupby(built.space.decode(unknown), key=built.trained.network):
         read = score_archs(net, list(group), built.data, "select", built.device, limits.bn_images, limits.images)
         found += [Score(one.top1, one.loss, one.n) for one in read]
     scores.add(unknown, found)

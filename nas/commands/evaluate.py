@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from jsonargparse import ArgumentParser
 
 from nas.build import data_of, device_of, rebuild
@@ -26,6 +27,7 @@ def _parser() -> ArgumentParser:
     parser.add_class_arguments(Data, "data")
     parser.add_argument("--split", default="test", help="train, valid, select or test")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -34,13 +36,14 @@ def _parser() -> ArgumentParser:
 def _run_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas evaluate RUN", exit_on_error=False, description="accuracy of subnets of a run")
     parser.add_argument("--arch", default="derived",
-                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%%, or an arch as text; "
+                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%, or an arch as text; "
                              "several may follow")  # fmt: skip
     parser.add_argument("--split", default="test", help="train, valid, select or test")
     parser.add_argument("--images", type=int | None, default=None, help="of the split; default all")
     parser.add_argument("--bn_images", "--bn-images", type=int | None, default=None,
                         help="training images that recalibrate batch norms; default: as the run's picks were read")  # fmt: skip
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; default: the recipe's")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -59,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--arch is for run folders of nas search, and {place} is none. A bundle is one network: no --arch.")
     bundle = load_bundle(place, rebuild)
     config = parse(parser, {"data": recipe_in(bundle).get("data", {})}, args)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     data, device = data_of(config), device_of(config.device)
     same_task(bundle, data)
     scores = score_plain(bundle.module.to(device), data, config.split, device)
@@ -86,12 +91,14 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
         if config[key] is not None and config[key] < 1:
             raise UsageError(f"--{key.replace('_', '-')} {config[key]} is too few. Allowed: 1 or more.")
     source, built, _ = load_source(str(folder), [*overrides, f"--device={config.device}"])
+    if config.threads:
+        torch.set_num_threads(config.threads)
     split = built.data.reads(config.split)
     names = names or [config.arch]
     archs = [arch_of(name, source, built)[0] for name in names]
     bn_images = config.bn_images or built.select.bn_images
     scores = []
-    for net, group in groupby(archs, key=built.strategy.network):
+    for net, group in groupby(archs, key=built.trained.network):
         scores += score_archs(net, list(group), built.data, config.split, built.device, bn_images, config.images)
     rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch)}
             for name, arch, score in zip(names, archs, scores)]  # fmt: skip

@@ -1,6 +1,7 @@
 """nas extract RUN|RECIPE --arch FILE|derived|largest|smallest|random:SEED --out DIR: a plain network as a bundle."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from nas.build import Built, assemble
 from nas.engine import seed_from
 from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
 from nas.search import bundle
+from nas.splits.tree import Tree
 from search_spaces.arch import ArchFile, read_arch
 from search_spaces.space import Arch, SearchSpace
 
@@ -31,7 +33,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nas extract", exit_on_error=False, description="an architecture as a plain network")
     parser.add_argument("source", help="run folder, or recipe (untrained weights)")
     parser.add_argument("--arch", default="derived",
-                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%%, or an arch as text")
+                        help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%, or an arch as text")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the bundle; default RUN/bundle")
     parser.add_argument("--from", dest="weights", default="auto", help="inherited, scratch, or auto: inherited where possible")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
@@ -39,6 +41,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--bn-images", type=int | None, default=None,
                         help="training images that recalibrate batch norms; default: as for the reading in FILE, else 2000")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; default: the recipe's")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -52,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--from {config.weights} is not known. Allowed: {', '.join(SOURCES)}.")
     inherit = config.weights != "scratch"
     folder, built, plain = load_source(config.source, [*overrides, f"--device={config.device}"], weights=inherit)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     out = Path(config.out) if config.out else (folder / "bundle" if folder else None)
     if out is None:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
@@ -110,10 +115,21 @@ def load_source(
     torch.manual_seed(seed_from(parsed.seed, "start"))
     if folder is not None and weights:
         built.strategy.start(built.setup)
-        payload, path = checkpoint.load(folder / "checkpoints", built.device)
-        checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
-        _log.info("weights of %s, step %d", path, payload["step"])
+        built = _trained(folder, built, parsed.epochs, parsed.seed)
     return folder, built, plain_config(parser, parsed)
+
+
+def _trained(folder: Path, built: Built, epochs: int, seed: int) -> Built:
+    """``built``, whose strategy has started, as the run in ``folder`` left it."""
+    if built.split is not None:
+        tree = Tree(built, built.split, folder, epochs, seed)
+        built = tree.trained()
+        _log.info("weights of %d supernets in %s", sum(1 for _ in tree.nodes()), folder)
+        return built
+    payload, path = checkpoint.load(folder / "checkpoints", built.device)
+    checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
+    _log.info("weights of %s, step %d", path, payload["step"])
+    return dataclasses.replace(built, step=payload["step"], finished=payload["step"] >= built.setup.steps)
 
 
 def recipe_of_run(folder: Path) -> dict[str, Any]:

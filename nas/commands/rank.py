@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from nas import checkpoint
 from nas.build import Built
 from nas.commands.extract import divided, load_source
 from nas.commands.spaces import classes, make
@@ -61,6 +61,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, default=None,
                         help="folder; default RUN/rank, then RUN/rank-2; without a run runs/rank")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; default: the recipe's")
     parser.add_argument("--json", action="store_true", help="the result as JSON on the last line of stdout")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -82,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
     _check(config, overrides)
     files = _tables(config)
     scope = _scope(config, overrides)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     out = _folder(config, scope)
     archs, known = _known(config, scope, files)
     names, left = _choose(config, known)
@@ -252,14 +255,13 @@ def _accuracies(config: Namespace, scope: Scope, archs: Sequence[Arch]) -> tuple
     """Top-1 of each architecture in the weights that serve it, and how it was read."""
     built, folder = scope.built, scope.folder
     assert built is not None and folder is not None
-    payload, path = checkpoint.load(folder / "checkpoints")
     scores = []
     for start in range(0, len(archs), _AT_ONCE):
-        for net, group in groupby(archs[start : start + _AT_ONCE], key=built.strategy.network):
+        for net, group in groupby(archs[start : start + _AT_ONCE], key=built.trained.network):
             scores += score_archs(net, list(group), built.data, config.split, built.device, config.bn_images, config.images,
                                   config.bn)  # fmt: skip
         _log.info("%d of %d architectures", len(scores), len(archs))
-    said = {"run": str(folder), "weights": str(path), "step": payload["step"], "split": built.data.reads(config.split),
+    said = {"run": str(folder), "step": built.step, "split": built.data.reads(config.split),
             "images": scores[0].n, "bn": config.bn, "batch_size": built.data.batch_size}  # fmt: skip
     if config.bn == "recalibrated":  # whole batches, at least one, of what there is
         batches = max(1, config.bn_images // built.data.batch_size)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from nas import checkpoint
 from nas.build import Built
 from nas.commands.extract import divided, load_source, recipe_of_run
 from nas.engine import signals
@@ -34,7 +34,7 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument("run", help="folder that nas search wrote, finished or stopped")
     for name in LIMITS:
-        what = "latency table (.csv) of these limits" if name == "latency" else "40%% of the largest network, or a number"
+        what = "latency table (.csv) of these limits" if name == "latency" else "40% of the largest network, or a number"
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=str | None, default=None, help=what)
     parser.add_argument("--searcher", type=str | None, default=None,
                         help=f"{', '.join(OWN)}, or a class; --searcher.KEY VALUE for its arguments; default: the recipe's")
@@ -43,6 +43,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--bn_images", "--bn-images", type=int | None, default=None, help="that recalibrate batch norms")
     parser.add_argument("--out", type=str | None, default=None, help="arch.json of the pick; default RUN/picks/LIMITS.json")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; default: the recipe's")
     parser.add_argument("--json", action="store_true", help="the result as JSON on the last line of stdout")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -56,13 +57,14 @@ def run(argv: Sequence[str]) -> int:
     words = [*_translated(config, Path(config.run)), *overrides, f"--device={config.device}"]
     folder, built, recipe = load_source(config.run, words)
     assert folder is not None
+    if config.threads:
+        torch.set_num_threads(config.threads)
     searcher = built.searcher or Evolution()
-    step = checkpoint.load(folder / "checkpoints")[0]["step"]
-    if step < built.setup.steps:
-        _log.warning("the run was stopped at step %d of %d: its subnets are not fully trained", step, built.setup.steps)
+    if not built.finished:
+        _log.warning("the run was stopped after %d steps: its subnets are not fully trained", built.step)
     began = time.monotonic()
     with signals() as stop:
-        found = select(built, searcher, built.select, folder, recipe, step, lambda: stop.reason)
+        found = select(built, searcher, built.select, folder, recipe, built.step, lambda: stop.reason)
     if isinstance(found, str):
         _log.info("stopped (%s); the same command goes on from there", found)
         return 130 if found == "interrupted" else 143

@@ -29,7 +29,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--input", type=list[int], default=None,
                         help="channels, height, width of an image; else the size that the space is for, or [3,32,32]")
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--macs", type=str | None, default=None, help="is this budget reachable? 55%% or a number")
+    parser.add_argument("--macs", type=str | None, default=None, help="is this budget reachable? 55% or a number")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--debug", action="store_true")
     return parser
@@ -100,7 +100,7 @@ def describe(whole: SearchSpace, config: Namespace) -> dict[str, Any]:
         "costs": {e: {n: costs.priced(p).of(arch) for n, p in PRICES.items()} for e, arch in ends.items()},
     }
     if config.macs is not None:
-        figures["budget_macs"] = budget(config.macs, costs, space, "--macs")
+        figures["budget_macs"] = round(budget(config.macs, costs, space, "--macs"))
     return figures
 
 
@@ -112,4 +112,4 @@ def show(figures: dict[str, Any]) -> None:
     for end, costs in figures["costs"].items():
         print(f"{end:9}" + "".join(f"  {n} {cost:,} ({cost / full[n]:.1%})" for n, cost in costs.items()))
     if "budget_macs" in figures:
-        print(f"reachable: {figures['budget_macs']:,.0f} MACs")
+        print(f"reachable: {figures['budget_macs']:,} MACs")

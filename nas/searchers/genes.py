@@ -46,7 +46,7 @@ class Genes:
                 known = ", ".join(self.costs) or "none"
                 raise ValueError(f"limit on {price}: there is no cost table at this price. Given: {known}.")
             if not low <= high:
-                raise ValueError(f"limit on {price}: from {low:,.10g} to {high:,.10g} allows nothing. Give low <= high.")
+                raise ValueError(f"limit on {price}: from {_cost(low)} to {_cost(high)} allows nothing. Give low <= high.")
         options = [[root.options.index(option) for option in choice.options]
                    for choice, root in zip(space.choices, space.root.choices)]  # fmt: skip
         self._K = np.array([len(row) for row in options])
@@ -196,7 +196,12 @@ class Genes:
         for price, low, high in self.limits:
             small, large = self.costs[price].batch(ends).tolist()
             full = float(self.costs[price].of(self.space.root.largest())) or 1.0
-            said = [f"at least {low:,.10g}"] * (low > 0) + [f"at most {high:,.10g}"] * (high < math.inf)
-            lines.append(f"{price} {' and '.join(said)} (smallest network {small:,.10g}, which is {small / full:.1%} of the "
-                         f"largest there is; largest {large:,.10g}, {large / full:.1%})")  # fmt: skip
+            said = [f"at least {_cost(low)}"] * (low > 0) + [f"at most {_cost(high)}"] * (high < math.inf)
+            lines.append(f"{price} {' and '.join(said)} (smallest network {_cost(small)}, which is {small / full:.1%} of the "
+                         f"largest there is; largest {_cost(large)}, {large / full:.1%})")  # fmt: skip
         return f"No architecture was found that meets the limits: {'; '.join(lines)}. Widen them."
+
+
+def _cost(value: float) -> str:
+    """Whole numbers whole, however large."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.10g}"

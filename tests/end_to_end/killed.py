@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["nas.commands.search", "nas.commands.retrain", "nas.strategies.tas", "sklearn.datasets"])
+_SERVER.set_forkserver_preload(["nas.commands.search", "nas.commands.retrain", "nas.strategies.tas", "nas.strategies.darts",
+                                "sklearn.datasets"])  # fmt: skip
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
@@ -24,7 +25,9 @@ class At(NamedTuple):
 
     Places: "update": a step begins. "written": a checkpoint is in its temporary file. "moved": the former one is
     previous.pt, and there is no last.pt. "line": half a line of metrics is written. "scored": subnets that a searcher asked for
-    have been read, but not kept.
+    have been read, but not kept. Of a run with splits: "distance": the options of one choice are compared. "begotten": the
+    first checkpoints of the children are written, and split.json is not. "derived": a leaf is trained, and its arch.json is
+    not written.
     """
 
     number: int
@@ -60,6 +63,8 @@ def _arm(at: At) -> None:
     import nas.log
     from nas import checkpoint
     from nas.scores import ScoreFile
+    from nas.splits import grow, measure
+    from nas.strategies.darts import DARTS
     from nas.strategies.ofa import OFA
     from nas.strategies.plain import Plain
     from nas.strategies.tas import TAS
@@ -75,7 +80,7 @@ def _arm(at: At) -> None:
     def fire() -> None:
         os.kill(os.getpid(), at.number)
 
-    for kind in (TAS, Plain, OFA):
+    for kind in (TAS, Plain, OFA, DARTS):
         @functools.wraps(kind.update)  # recipes are checked against the signature
         def update(self: Any, *given: Any, whole: Any = kind.update) -> Any:
             if reach("update"):
@@ -107,6 +112,20 @@ def _arm(at: At) -> None:
             fire()
         add(self, *given)
 
-    ScoreFile.add = adding  # type: ignore[method-assign]
+    def before(module: Any, name: str, place: str, when: Callable[..., bool] = lambda *given: True) -> None:
+        """The signal before ``module.name``, of the calls that ``when`` holds of."""
+        call = getattr(module, name)
+
+        def called(*given: Any) -> Any:
+            if when(*given) and reach(place):
+                fire()
+            return call(*given)
+
+        setattr(module, name, called)
+
+    before(measure, "_distances", "distance")
+    before(grow, "write_whole", "begotten", lambda path, text: path.name == grow.SPLIT)
+    before(grow, "write_arch", "derived")
+    ScoreFile.add = adding  # type: ignore[method-assign, assignment]
     checkpoint.os.replace = moving  # type: ignore[assignment]
     nas.log._write_line = writing

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli import content, nas, ok
@@ -14,8 +15,14 @@ from killed import KILL, TERM, At, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nas.commands.extract import load_source
+from nas.cost import CostTable, macs
 from nas.evaluate import score_archs
+from nas.latency import Row as LayerRow
+from nas.latency import read_latency, write_latency
 from search_spaces.arch import read_arch
+from search_spaces.resnet import CifarResNet
+from supernets.layers import Shape
+from supernets.resnet import ResNet
 
 RECIPE = """
 space: {class_path: search_spaces.resnet.CifarResNet, init_args: {depth: 14, kind: tied, widths: [4, 6, 8]}}
@@ -73,6 +80,13 @@ def test_the_end_of_a_search_holds_what_the_searcher_picked(finished: Path) -> N
     for words in ("the best of 20 subnets", "Evolution(population=8", "macs_at_most = 70%", "smallest top-1 | middle top-1",
                   "nas select", "pareto.csv"):  # fmt: skip
         assert words in report
+    [row] = [line for line in report.splitlines() if line.startswith("| **picked** |")]
+    top1 = file.metrics["top1"]["value"]
+    assert row.startswith(f"| **picked** | {file.costs['macs']:,} | {file.costs['params']:,} | {top1:.4f} | ")
+    points = {(f"{row['macs']:,.0f}", f"{row['top1']:.4f}") for row in rows if row["front"]}  # all met the limits
+    table = report[report.index("| architecture |") :].split("\n\n")[0].splitlines()[2:]
+    shown = {(cells[2].strip(), cells[4].strip()) for cells in (line.split("|") for line in table)}
+    assert shown == points and len(points) <= 10
     assert "## Health" not in report
 
 
@@ -97,7 +111,7 @@ def test_other_budgets_of_the_same_run_are_extracted_with_the_accuracy_they_were
     found = []
     for share in ("25%", "45%", "70%"):
         path = Path(ok("select", mine, "--macs-at-most", share).last)
-        assert path == mine / "picks" / f"macs_at_most-{share}.json"
+        assert path == mine / "picks" / f"macs_at_most-{share[:-1]}pct.json"
         file = read_arch(path)
         assert file.costs["macs"] <= float(share[:-1]) / 100 * full["macs"] and file.provenance["limits"] == {
             "macs_at_most": share}  # fmt: skip
@@ -136,6 +150,56 @@ def test_what_the_words_say(mine: Path) -> None:
     assert file.provenance["limits"] == {"params_at_most": "2k", "macs_at_least": "3000"}  # not those of the recipe
     fewer = said("select", mine, "--searcher", "coarse_to_fine", "--evaluations", "3", "--json")
     assert fewer["scored"] == 3
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A latency table of every shape, its milliseconds not in proportion to MACs."""
+    net, asked = ResNet(CifarResNet(14, "tied", widths=(4, 6, 8)), 1, 10), dict[tuple[str, Shape], float]()
+    CostTable(net, (8, 8), lambda op, shape: asked.setdefault((op, shape), 0.003 + 1e-5 * macs(op, shape)))
+    write_latency(tmp_path / "my table%.csv", [LayerRow(op, shape, ms) for (op, shape), ms in asked.items()])
+    return tmp_path / "my table%.csv"
+
+
+def test_a_limit_on_latency(mine: Path, table: Path) -> None:
+    path = Path(ok("select", mine, "--latency", table, "--latency-at-most", "60%", "--threads", "1").last)
+    assert path == mine / "picks" / "latency_at_most-60pct__by-my_table_.json"
+    net = ResNet(CifarResNet(14, "tied", widths=(4, 6, 8)), 1, 10)
+    costs, file = CostTable(net, (8, 8), read_latency(table)), read_arch(path)
+    most = 0.6 * costs.of(net.space.largest())
+    assert file.costs["latency_ms"] == pytest.approx(costs.of(file.arch), rel=1e-12) and file.costs["latency_ms"] <= most
+    assert file.provenance["limits"] == {"latency_at_most": "60%"} and file.provenance["scored"] == 20
+    again = said("select", mine, "--latency", table, "--latency-at-most", "60%", "--json")
+    assert (again["scored_now"], again["latency_ms"]) == (0, file.costs["latency_ms"])
+    both = said("select", mine, "--latency", table, "--latency-at-most", "60%", "--macs-at-most", "30%", "--json")
+    assert both["latency_ms"] <= most and both["top1"] <= again["top1"] and both["macs"] <= 0.3 * CostTable(net, (8, 8)).of(
+        net.space.largest())  # fmt: skip
+    [scores] = (mine / "picks").glob("scores-*.jsonl")  # what was scored for MACs counts where it meets the limits
+    tops = {tuple(row["code"]): row["top1"] for row in map(json.loads, scores.read_text().splitlines()[1:])}
+    met = [top1 for code, top1 in tops.items() if costs.batch(np.array([code]))[0] <= most]
+    assert 20 <= len(met) < len(tops) and again["top1"] == max(met)
+
+
+def test_threads_are_those_that_are_asked_for(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand behind those of the recipe, 1."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    (mine / "truth.csv").write_text("arch,accuracy\n" + "".join(f'"{row}",{n}\n' for n, row in enumerate(texts(mine))))
+    bundle, before = mine / "bundle", Path(ok("select", mine).last).read_bytes()
+    for words in (["select", mine, "--threads", "3"], ["evaluate", mine, "--threads", "3", "--images", "5"],
+                  ["extract", mine, "--threads", "3", "--out", bundle],
+                  ["rank", mine, "--truth", mine / "truth.csv", "--images", "5", "--bn-images", "16", "--threads", "3"],
+                  ["evaluate", bundle, "--threads", "3"]):  # fmt: skip
+        del asked[:]
+        ok(*words)
+        assert asked == ([3] if words[1] == bundle else [1, 3]), words[0]
+        assert "threads = 0 is too few" in nas(*("0" if word == "3" else word for word in words)).err
+    assert (mine / "picks" / "macs_at_most-70pct.json").read_bytes() == before  # they change nothing of the recipe
+
+
+def texts(run: Path) -> list[str]:
+    with open(run / "pareto.csv", newline="") as lines:
+        return [row["arch"] for row in csv.DictReader(lines)]
 
 
 def test_many_subnets_at_once(finished: Path) -> None:
@@ -189,7 +253,7 @@ def test_a_damaged_file_of_scores_is_named(mine: Path) -> None:
 def test_a_stopped_run_can_be_selected_from(tmp_path: Path) -> None:
     ok("search", "mine.yaml", "--out", "short", "--max_time", "1e-6")
     result = ok("select", "short", "--evaluations", "4", "--json")
-    assert json.loads(result.last)["scored"] == 4 and "stopped at step" in result.err
+    assert json.loads(result.last)["scored"] == 4 and "stopped after" in result.err
     assert read_arch(json.loads(result.last)["arch"]).provenance["step"] < 24
 
 

@@ -1,6 +1,7 @@
 """What report.md and random.json say, from figures."""
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from nas.beside import DRAWS, Beside, draw, summary, words
 from nas.bilevel import Weights
-from nas.report import comparison, health_table, settings, warning_lines, write_whole
+from nas.protocols import Found
+from nas.report import comparison, front_table, health_table, settings, warning_lines, write_whole
 from nas.strategies.darts import DARTS
 from nas.strategies.tas import TAS
 from search_spaces.nats import Topology
@@ -64,6 +66,42 @@ def test_a_warning_says_whether_it_still_holds() -> None:
     warned = {"skip": {"step": 4, "last": 9, "words": "a."}, "gap": {"step": 6, "last": 8, "words": "b."}}
     assert warning_lines(warned, 9).splitlines() == [
         "- **skip**, after step 5, still so at the end: a.", "- **gap**, after step 7, last seen after step 9: b."]  # fmt: skip
+
+
+def front(n: int, best: int, name: str = "{:03d}") -> tuple[Any, dict[str, Any]]:
+    """What ``front_table`` asks of a search, and a pick, the ``best``-th of a front of ``n``; architecture i costs 1000 i."""
+    found = [Found({"a": i}, i / 100, {"macs": 1000 * i, "params": 2 * i}) for i in range(1, n + 1)]
+    space = SimpleNamespace(text=lambda arch: name.format(arch["a"]))
+    prices = SimpleNamespace(space=space, prices=lambda arch: {"macs": 1000 * arch["a"], "params": 2 * arch["a"]})
+    return prices, {"arch": {"a": best}, "metric": {"value": best / 100}, "front": found}
+
+
+def test_the_table_of_the_front_marks_the_pick() -> None:
+    lines = front_table(*front(3, 2, "|a~{}|")).splitlines()
+    assert lines == ["|  | MACs | parameters | top-1 | architecture |", "| --- | ---: | ---: | ---: | --- |",
+                     "|  | 1,000 | 2 | 0.0100 | `\\|a~1\\|` |", "| **picked** | 2,000 | 4 | 0.0200 | `\\|a~2\\|` |",
+                     "|  | 3,000 | 6 | 0.0300 | `\\|a~3\\|` |"]  # fmt: skip
+
+
+@pytest.mark.parametrize("n, best", [(9, 10), (10, 4), (10, 11), (11, 5), (40, 40), (40, 1), (40, 17), (400, 399), (400, 2)])
+def test_a_long_front_shows_ten_rows_with_its_ends_and_the_pick(n: int, best: int) -> None:
+    """The pick may have been scored for other limits: it need not be on the front of this searcher."""
+    table, _, end = front_table(*front(n, best)).partition("\n\n")
+    rows = table.splitlines()[2:]
+    macs = [int(row.split("|")[2].replace(",", "")) for row in rows]
+    whole = sorted({*range(1, n + 1), best})
+    assert len(macs) == min(len(whole), 10) and macs == sorted(macs)
+    assert macs[0] == 1000 * whole[0] and macs[-1] == 1000 * whole[-1]
+    assert [row for row in rows if "**picked**" in row] == [
+        f"| **picked** | {1000 * best:,} | {2 * best} | {best / 100:.4f} | `{best:03d}` |"]  # fmt: skip
+    gaps = [b - a for a, b in pairwise(macs)]
+    assert len(whole) <= 10 or max(gaps) <= 2.1 * 1000 * len(whole) / 9
+    assert end == ("" if len(whole) <= 10 else f"10 of {len(whole)}, evenly between the ends.")
+
+
+def test_what_is_too_long_for_a_table_is_named() -> None:
+    text = front_table(*front(2, 1, "x" * 119 + "{}")) + front_table(*front(2, 1, "x" * 120 + "{}"))
+    assert text.count("arch.json |") == text.count("see pareto.csv |") == 1 and text.count("x" * 119) == 2
 
 
 def test_settings_are_those_that_differ() -> None:

@@ -1,0 +1,153 @@
+"""Where a supernet is split: the distances of gradients, measured batch by batch and saved after each, and what follows.
+
+Hu et al., ICLR 2022, arXiv 2203.15207 (page fewshot-gm.md, sections 2b to 2d). For every choice that may be split: one draw of
+all other choices, one gradient for each option; on one batch, and again on others. Nothing of the run is changed: neither
+weights, buffers and optimizers nor what the training draws afterwards.
+"""
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nas import checkpoint
+from nas.build import Built
+from nas.engine import moment, seed_from
+from nas.protocols import Batch, Moment
+from nas.splits.gradients import fixed, match, shared
+from nas.splits.partitions import Cut, best, chosen
+from nas.splits.regions import barren, splittable
+from nas.splits.split import Split
+from search_spaces.space import Setting, Value
+
+STATE = "split.pt"
+"""Beside the checkpoints: sums of distances, and the position in the data."""
+
+
+class Measured:
+    """Sums of distances over repeats, for every choice that may be split, in the space's order. ``options``: of each;
+    ``barren``: positions of those that make no group without any other. ``cut``: choices that were split before, and stay as
+    they are (page, section 2b). ValueError where no choice can be split."""
+
+    def __init__(self, built: Built, split: Split, level: int, cut: Sequence[str] = ()) -> None:
+        space, groups = built.space, split.group_count(level)
+        self.options: dict[str, tuple[Value, ...]] = {}
+        self.barren: dict[str, list[int]] = {}
+        for name in splittable(space, split.choices):
+            if name in cut:
+                continue
+            options, alone = space[name].options, barren(space, name)
+            if len(options) >= groups * split.least and len(options) - len(alone) >= groups:
+                self.options[name], self.barren[name] = options, [options.index(option) for option in alone]
+        if not self.options:
+            raise ValueError(f"split: of the choices that match {', '.join(split.choices)} none has options left for {groups} "
+                             f"groups of {split.least} or more. Split less often, or name other choices.")  # fmt: skip
+        self.sums = {name: torch.zeros(len(options), len(options), dtype=torch.float64)
+                     for name, options in self.options.items()}  # fmt: skip
+        self.repeats, self.seconds = 0, 0.0
+
+    def means(self) -> dict[str, np.ndarray]:
+        """The mean distances D (n, n) of each choice's options."""
+        return {name: total.numpy() / max(self.repeats, 1) for name, total in self.sums.items()}
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a batch, for one repeat and one sample."""
+        return sum(map(len, self.options.values()))
+
+
+def measure(
+    built: Built, split: Split, level: int, folder: Path, seed: int, step: int, stop: Callable[[], str | None],
+    cut: Sequence[str] = (),
+) -> Measured | str:  # fmt: skip
+    """The distances at a node whose (started) strategy has made ``step`` steps, or why it was stopped: ``stop`` is asked after
+    every batch. ``folder``: of its checkpoints, where the state is kept. ``cut``: see ``Measured``. ValueError
+    where no choice can be split."""
+    found, group = Measured(built, split, level, cut), built.ranks
+    feed = built.data.feed(seed_from(seed, "split"), built.device, group.rank, group.world)
+    about = {"seed": seed, "step": step, "options": {name: list(options) for name, options in found.options.items()},
+             "repeats": split.repeats, "samples": split.samples}  # fmt: skip
+    path = folder / STATE
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        if state["about"] == about:
+            found.sums, found.repeats, found.seconds = state["sums"], state["repeats"], state["seconds"]
+            feed.load_state_dict(state["feed"])
+    while found.repeats < split.repeats:
+        began = time.monotonic()
+        now = _moment(built, found.repeats, seed, step)
+        batch = feed("train")
+        for name in found.options:
+            for _ in range(split.samples):
+                found.sums[name] += torch.from_numpy(_distances(built, split, name, batch, now)) / split.samples
+        found.repeats += 1
+        found.seconds += time.monotonic() - began
+        if group.main:
+            checkpoint.write(path, {"about": about, "sums": found.sums, "repeats": found.repeats, "seconds": found.seconds,
+                                    "feed": feed.state_dict()})  # fmt: skip
+        if reason := stop():
+            return reason
+    return found
+
+
+def _moment(built: Built, repeat: int, seed: int, step: int) -> Moment:
+    """The next step of the training, with randomness of its own."""
+    setup = built.setup
+    here = moment(repeat, max(setup.steps, repeat + 1), setup.epoch_steps, seed_from(seed, "split"))
+    return here._replace(step=step, steps=setup.steps, epoch=step // setup.epoch_steps,
+                         epochs=-(-setup.steps // setup.epoch_steps), first=step % setup.epoch_steps == 0)  # fmt: skip
+
+
+def _distances(built: Built, split: Split, name: str, batch: Batch, now: Moment) -> np.ndarray:
+    """D (n, n) of the options of one choice, for one batch and one draw of the other choices."""
+    space = built.space
+    with torch.no_grad():
+        others: Mapping[str, Setting] = built.strategy.arch(now) if split.others == "strategy" else space.sample(now.rng)
+    rng = random.Random(now.rng.random())
+
+    def setting_of(option: Value) -> Mapping[str, Setting]:
+        return fixed(space, others, name, option, rng, split.keep_weight)
+
+    return match(built.net, built.setup.loss, batch, setting_of, space[name].options,
+                 shared(built.net, name, split.leave_out))  # fmt: skip
+
+
+def cuts(found: Measured, split: Split, level: int) -> dict[str, Cut]:
+    """The best partition of each choice's options."""
+    cut = partial(best, groups=split.group_count(level), least=split.least, balanced=split.balanced)
+    return {name: cut(D, barren=found.barren[name]) for name, D in found.means().items()}
+
+
+def decide(built: Built, found: Measured, split: Split, level: int) -> dict[str, Any]:
+    """The choice to split, its groups, and all that was measured, as split.json has it."""
+    every = cuts(found, split, level)
+    name = chosen(every, split.rule)
+
+    def options(choice: str, cut: Cut) -> list[list[Any]]:
+        return [[found.options[choice][i] for i in group] for group in cut.groups]
+
+    D = found.means()
+    return {
+        "choice": name, "groups": options(name, every[name]), "rule": split.rule, "repeats": split.repeats,
+        "samples": split.samples, "passes": found.passes * split.repeats * split.samples,
+        "images": found.passes * split.repeats * split.samples * built.data.batch_size, "seconds": round(found.seconds, 3),
+        "measured": {choice: {"options": list(found.options[choice]), "distances": D[choice].tolist(),
+                              "groups": options(choice, cut), "within": cut.within, "cut": cut.cut}
+                     for choice, cut in every.items()},
+    }  # fmt: skip
+
+
+def exhaustive(built: Built, split: Split, level: int) -> dict[str, Any]:
+    """A child for each option of the named choice, as split.json has it. ValueError where it cannot be split."""
+    name = split.choices[level]
+    options = built.space[name].options
+    if name not in splittable(built.space, [name]):
+        raise ValueError(f"split: {name} has no options to split ({', '.join(map(str, options))}). Name another choice.")
+    return {"choice": name, "groups": [[option] for option in options], "rule": None, "repeats": 0, "samples": 0, "passes": 0,
+            "images": 0, "seconds": 0.0, "measured": {}}  # fmt: skip
