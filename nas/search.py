@@ -99,6 +99,8 @@ def search(
     if ended.outcome.reason != "done":
         raise SystemExit(ended.outcome.exit)
     path, random = json.loads(ranks.share(json.dumps([str(ended.path), ended.random])))
+    if built.split is not None:
+        built = Tree(built, built.split, run.folder, epochs, seed).trained()
     return Found(run.folder, read_arch(path), built, config, random)
 
 
@@ -202,6 +204,8 @@ def _grown(
         row = leaf.row
         if not row["fits"]:
             _log.warning("no leaf derived an architecture within the tolerance of the budget: arch.json misses it")
+        if leaf.picks["last"]["step"] != row["step"]:
+            _write(built, leaf.picks["last"], config, run.folder / "arch-last.json")
         file = _write(built, row, config, run.folder / "arch.json")
         _report(built, picks, config, run.folder, row, splits=splits)
         _say(built, file, row)

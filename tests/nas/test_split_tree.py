@@ -16,6 +16,8 @@ import nas.select as selecting
 from nas import checkpoint
 from nas.bilevel import Alphas, Weights
 from nas.budget import Budget
+from nas.build import rebuild
+from nas.bundle import load_bundle
 from nas.data import Data
 from nas.limits import Select
 from nas.ranks import Ranks
@@ -385,3 +387,14 @@ def test_a_strategy_that_plans_its_run_counts_its_passes_in_the_report(tmp_path:
 def test_a_run_without_levels_is_an_ordinary_one(tmp_path: Path) -> None:
     go(tmp_path / "run", Split(groups=[2, 2]), epochs=1)
     assert not (tmp_path / "run" / "nodes").exists() and built(Split()).split is None
+
+
+def test_found_gives_the_bundle_of_the_leaf_that_serves_it(nested: tuple[Found, list[str]], tmp_path: Path) -> None:
+    found = nested[0]
+    out = found.bundle(tmp_path / "bundle")
+    report = json.loads((out / "report.json").read_text())
+    assert report["weights"] == "inherited" and report["logits_max_difference"] <= 1e-4
+    plain, arch = load_bundle(out, rebuild).module.state_dict(), found.arch.arch
+    leaf = grown(nested).serving(arch).strategy.network(arch).state_dict()
+    kernels = [value for value in plain.values() if value.ndim == 4]  # named otherwise; norms are recalibrated
+    assert kernels and all(any(torch.equal(kernel, mine) for mine in leaf.values()) for kernel in kernels)
