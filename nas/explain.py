@@ -102,7 +102,7 @@ def _not_a(name: str, path: str) -> str:
     kind, wanted = getattr(importlib.import_module(module), own), vars(protocols).get(name)
     if wanted is None:
         return f"{path} is not a {name}. {CLASS}"
-    methods = {key: inspect.signature(method) for key, method in vars(wanted).items()
+    methods = {key: inspect.signature(method) for base in wanted.__mro__ for key, method in vars(base).items()
                if inspect.isfunction(method) and not key.startswith("_")}  # fmt: skip
     lacks = [key for key in methods if not hasattr(kind, key)]
     if lacks:
