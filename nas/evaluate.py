@@ -96,6 +96,19 @@ def score_archs(
     return found
 
 
+def score_served(
+    network: Callable[[Any], Any], archs: Sequence[Mapping[str, Setting]], *given: Any, **named: Any
+) -> list[Scores]:
+    """``score_archs`` of ``archs``, each in the weights that serve it (``nas.protocols.Served.network``): of those that one net
+    serves, all at once."""
+    nets = [network(arch) for arch in archs]
+    found: dict[int, Scores] = {}
+    for net in {id(net): net for net in nets}.values():
+        mine = [i for i, other in enumerate(nets) if other is net]
+        found.update(zip(mine, score_archs(net, [archs[i] for i in mine], *given, **named)))
+    return [found[i] for i in range(len(archs))]
+
+
 def _score_by_batch(
     net: Any, archs: Sequence[Mapping[str, Setting]], data: Data, split: str, device: torch.device, limit: int | None
 ) -> list[Scores]:

@@ -14,7 +14,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nas import checkpoint
 from nas.build import Built, arch_file
-from nas.evaluate import score_archs
+from nas.evaluate import score_served
 from nas.front import hypervolume, on_front, picture, table
 from nas.limits import Select
 from nas.protocols import Found, Searcher
@@ -202,11 +201,9 @@ def _read(built: Built, scores: ScoreFile, codes: np.ndarray, limits: Select) ->
     unknown = codes[[score is None for score in scores.of(codes)]]
     if not len(unknown):
         return 0
-    found: list[Score] = []
-    for net, group in groupby(built.space.decode(unknown), key=built.trained.network):
-        read = score_archs(net, list(group), built.data, "select", built.device, limits.bn_images, limits.images)
-        found += [Score(one.top1, one.loss, one.n) for one in read]
-    scores.add(unknown, found)
+    archs = built.space.decode(unknown)
+    read = score_served(built.trained.network, archs, built.data, "select", built.device, limits.bn_images, limits.images)
+    scores.add(unknown, [Score(one.top1, one.loss, one.n) for one in read])
     return len(unknown)
 
 

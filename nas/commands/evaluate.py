@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from nas.bundle import load_bundle
 from nas.commands.extract import arch_of, divided, load_source
 from nas.commands.retrain import recipe_in, same_task
 from nas.data import Data
-from nas.evaluate import score_archs, score_plain
+from nas.evaluate import score_plain, score_served
 from nas.recipe import UsageError, option, parse, read
 
 
@@ -97,9 +96,7 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
     names = names or [config.arch]
     archs = [arch_of(name, source, built)[0] for name in names]
     bn_images = config.bn_images or built.select.bn_images
-    scores = []
-    for net, group in groupby(archs, key=built.trained.network):
-        scores += score_archs(net, list(group), built.data, config.split, built.device, bn_images, config.images)
+    scores = score_served(built.trained.network, archs, built.data, config.split, built.device, bn_images, config.images)
     rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch)}
             for name, arch, score in zip(names, archs, scores)]  # fmt: skip
     if config.json:

@@ -8,7 +8,6 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from nas.commands.extract import divided, load_source
 from nas.commands.spaces import classes, make
 from nas.cost import CostTable, params
 from nas.engine import seed_from
-from nas.evaluate import BN_MODES, score_archs
+from nas.evaluate import BN_MODES, score_served
 from nas.matching import Known, match, split
 from nas.rank_report import plain, tell, write
 from nas.ranking import FEWEST, statistics
@@ -257,9 +256,8 @@ def _accuracies(config: Namespace, scope: Scope, archs: Sequence[Arch]) -> tuple
     assert built is not None and folder is not None
     scores = []
     for start in range(0, len(archs), _AT_ONCE):
-        for net, group in groupby(archs[start : start + _AT_ONCE], key=built.trained.network):
-            scores += score_archs(net, list(group), built.data, config.split, built.device, config.bn_images, config.images,
-                                  config.bn)  # fmt: skip
+        scores += score_served(built.trained.network, archs[start : start + _AT_ONCE], built.data, config.split, built.device,
+                               config.bn_images, config.images, config.bn)  # fmt: skip
         _log.info("%d of %d architectures", len(scores), len(archs))
     said = {"run": str(folder), "step": built.step, "split": built.data.reads(config.split),
             "images": scores[0].n, "bn": config.bn, "batch_size": built.data.batch_size}  # fmt: skip

@@ -20,7 +20,9 @@ from nas.engine import moment, seed_from
 from nas.log import memory
 from nas.recipe import UsageError, find, option, parse, plain_config, read, search_parser
 from nas.run import Run, explicit
-from nas.search import rehearse, stopped, train
+from nas.search import epochs_of, rehearse, stopped, train
+from nas.splits.grow import planned
+from nas.splits.tree import Tree
 from search_spaces.arch import read_arch
 
 _log = logging.getLogger("nas")
@@ -35,10 +37,10 @@ def run(argv: Sequence[str]) -> int:
         _log.info("%s", built.data.describe())
         _log.info("%d choices, %.3g architectures, %s parameters", len(built.space.choices), float(built.space.size),
                   f"{sum(p.numel() for p in built.net.parameters()):,}")
-    if config.dry_run:
-        return dry_run(built, config)
     beside = beside_of(config)
     rehearse(built, beside)
+    if config.dry_run:
+        return dry_run(built, config)
     plain = plain_config(parser, config)
     plain.pop("beside")  # it changes nothing of the search, and may be asked of a finished one with --resume auto
     out = explicit(config.out, config.resume, built.ranks) if config.out else Path("runs") / name
@@ -70,8 +72,10 @@ def beside_of(config: Namespace) -> Beside:
 
 
 def dry_run(built: Built, config: Namespace) -> int:
-    """Time and memory from three measured steps after one to warm up; nothing is written."""
+    """Time and memory from three measured steps after one to warm up; nothing is written. A run with splits trains all its
+    supernets in the time."""
     setup = built.setup
+    steps = setup.steps if built.split is None else planned(Tree(built, built.split, Path(), epochs_of(built), config.seed))
     feed = built.data.feed(config.seed, built.device, built.ranks.rank, built.ranks.world)
     torch.manual_seed(seed_from(config.seed, "start"))
     built.strategy.start(setup)
@@ -83,12 +87,12 @@ def dry_run(built: Built, config: Namespace) -> int:
         times.append(time.perf_counter() - began)
     seconds = sum(times[1:]) / 3
     figures = {
-        "seconds_per_step": round(seconds, 4), "steps": setup.steps, "hours": round(seconds * setup.steps / 3600, 3),
+        "seconds_per_step": round(seconds, 4), "steps": steps, "hours": round(seconds * steps / 3600, 3),
         "memory_mib": round(memory()), "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
     }  # fmt: skip
     if ranks.rank() == 0:
-        _log.info("%.3f s a step, %d steps: about %.2f h without evaluations; peak memory %d MiB", seconds, setup.steps,
-                  figures["hours"], figures["memory_mib"])
+        _log.info("%.3f s a step, %d steps: about %.2f h without evaluations%s; peak memory %d MiB", seconds, steps,
+                  figures["hours"], " and splits" if built.split else "", figures["memory_mib"])
         print(json.dumps(figures))
     return 0
 

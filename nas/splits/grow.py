@@ -8,12 +8,14 @@ averaged among themselves; all ranks must see the same folders.
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +25,17 @@ from nas import checkpoint, ranks
 from nas.bilevel import weights_of
 from nas.build import Built, arch_file
 from nas.engine import Outcome, Stop, signals
+from nas.feed import Loaders
 from nas.picks import Picks
 from nas.report import write_whole
 from nas.run import Run
 from nas.splits import show
 from nas.splits.gradients import shared
 from nas.splits.measure import Measured, decide, exhaustive, measure
-from nas.splits.regions import divide
-from nas.splits.tree import CHECKPOINTS, FORMAT, SPLIT, VERSION, Node, Tree, read_split
+from nas.splits.tree import CHECKPOINTS, FORMAT, SPLIT, VERSION, Node, Tree, read_split, saved
+from nas.strategies.random import Random
 from search_spaces.arch import write_arch
+from search_spaces.space import Value
 
 _log = logging.getLogger("nas")
 ARCH, BOARD, TREE = "arch.json", "split", "tree"
@@ -63,6 +67,8 @@ def rehearse(tree: Tree) -> None:
     begin anew and are too short, a first split that there is nothing for or whose parts the strategy cannot search, parameters
     to leave out that are not there, and ranks that a batch does not divide by."""
     built, split = tree.built, tree.split
+    if isinstance(built.strategy, Random):
+        raise ValueError("split: random search trains every network alone, so there is no supernet to split. Leave split out.")
     for level in range(split.levels + 1):
         strategy, setup = tree.parts(level)
         strategy.start(setup)
@@ -71,37 +77,65 @@ def rehearse(tree: Tree) -> None:
         raise ValueError(f"split.before.weights.accumulate = {batches[0]}, and {batches[1]} for the leaves. Allowed: the same, "
                          "as an epoch has equally many steps for all.")  # fmt: skip
     if split.by == "exhaustive":
-        for name in split.choices:
-            divide(built.space, name, [[option] for option in built.space[name].options])
-        _start(tree, exhaustive(built, split, 0))
-        counts = [len(built.space[name].options) for name in split.choices]
+        _walk(tree, tree.root)
     else:
         found = Measured(built, split, 0)
         for name in found.options:
-            shared(built.net, name, split.leave_out)
-        _start(tree, *(said | {"choice": name} for name, said in decide(built, found, split, 0)["measured"].items()))
-        counts = [split.group_count(level) for level in range(split.levels)]
+            if not shared(built.net, name, split.leave_out):
+                raise ValueError(f"split.leave_out = {split.leave_out} leaves nothing to compare for {name}. Leave out less.")
+        decide(built, found, split, 0, partial(_refusal, tree, tree.root))
+        for level in range(1, split.levels):  # each choice is split once on a path
+            matching = Measured(built, split, level).options
+            if len(matching) <= level:
+                raise ValueError(f"split.at = {split.at}: level {level + 1} would have nothing to split, for only "
+                                 f"{', '.join(matching)} can be, each once. Split less often, or match more.")  # fmt: skip
+    numbers = counts(tree)
+    if isinstance(built.data, Loaders) and built.ranks.world > 1 and max(numbers) > 1:
+        raise ValueError("split: your own loaders divide their images among all ranks, but each supernet has some of them. Use "
+                         "nas.data.from_dataset, or one process.")  # fmt: skip
     for level in range(split.levels + 1):
-        for number in ranks.sizes(math.prod(counts[:level]), built.ranks.world):
+        for number in ranks.sizes(numbers[level], built.ranks.world):
             if built.data.batch_size % number:
                 raise ValueError(f"batch_size = {built.data.batch_size} does not divide by {number} ranks, which would train a "
                                  f"supernet together (of {built.ranks.world}). Give a multiple, or start another number of "
                                  "processes.")  # fmt: skip
 
 
-def _start(tree: Tree, *splits: Mapping[str, Any]) -> None:
-    """Starts a strategy in every part of one of ``splits`` of the root; ValueError where none has parts that it can search."""
-    refusal: ValueError | None = None
-    for said in splits:
-        try:
-            for child in tree.born(tree.root, said):
-                strategy, setup = tree.parts(child.level)
-                strategy.start(setup._replace(space=child.space))
-            return
-        except ValueError as error:
-            refusal = error
-    if refusal:
-        raise refusal
+def _walk(tree: Tree, node: Node) -> None:
+    """Starts a strategy in every part that exhaustive splits below ``node`` make. ValueError where one cannot be."""
+    if node.last:
+        return
+    here = dataclasses.replace(tree.built, space=node.space)
+    for child in tree.born(node, exhaustive(here, tree.split, node.level)):
+        strategy, setup = tree.parts(child.level)
+        strategy.start(setup._replace(space=child.space))
+        _walk(tree, child)
+
+
+def _refusal(tree: Tree, node: Node, choice: str, groups: Sequence[Sequence[Value]]) -> str:
+    """Why the strategy cannot search one of the parts of ``node`` that ``groups`` make (a budget may be out of its reach); ""
+    where it can search all."""
+    try:
+        for child in tree.born(node, {"choice": choice, "groups": groups}):
+            strategy, setup = tree.parts(child.level)
+            strategy.start(setup._replace(space=child.space))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def counts(tree: Tree) -> list[int]:
+    """How many supernets each level has."""
+    split, space = tree.split, tree.built.space
+    many = ([len(space[name].options) for name in split.choices] if split.by == "exhaustive"
+            else [split.group_count(level) for level in range(split.levels)])  # fmt: skip
+    return [math.prod(many[:level]) for level in range(split.levels + 1)]
+
+
+def planned(tree: Tree) -> int:
+    """The steps of all supernets together, without the measuring of distances."""
+    epochs = [end - begin for begin, end in zip([0, *tree.epochs], tree.epochs)]
+    return sum(n * many for n, many in zip(counts(tree), epochs)) * tree.built.setup.epoch_steps
 
 
 def grow(tree: Tree, run: Run, config: Mapping[str, Any], reading: Reading, max_time: float | None = None) -> Outcome:
@@ -191,7 +225,7 @@ def _split(tree: Tree, node: Node, built: Built, config: Mapping[str, Any], stop
         measured = measure(built, split, level, node.folder / CHECKPOINTS, tree.seed_of(node), step, stop, node.cut)
         if isinstance(measured, str):
             return measured
-        found = decide(built, measured, split, level)
+        found = decide(built, measured, split, level, partial(_refusal, tree, node))
     said = {"format": FORMAT, "version": VERSION, "by": split.by, "level": level, "epoch": node.ends, "step": step, **found,
             "inherit": split.inherits(level), "children": [".".join(map(str, (*node.path, i)))
                                                            for i in range(len(found["groups"]))]}  # fmt: skip
@@ -210,7 +244,7 @@ def _split(tree: Tree, node: Node, built: Built, config: Mapping[str, Any], stop
 def _beget(tree: Tree, node: Node, children: Sequence[Node], config: Mapping[str, Any]) -> None:
     """The first checkpoints of ``children``, which go on with the state of ``node``."""
     payload, _ = checkpoint.load(node.folder / CHECKPOINTS, "cpu")
-    for child in children:
+    for child in (child for child in children if not saved(child.folder)):  # trained already, where a split.json was deleted
         own = tree.config(child, config)
         folder = child.folder / CHECKPOINTS
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +296,8 @@ def told(tree: Tree, found: Sequence[Leaf], picked: Leaf) -> str:
             said = read_split(node.folder / SPLIT)
             tables += [f"{node.called.capitalize()}, at its end:\n\n{show.table(said)}"] if said["measured"] else []
             splitting += said["images"]
-    cost = f"Image-passes: training {round(training):,}, splitting {splitting:,} ({splitting / training:.1%} more)."
+    cost = (f"Image-passes: training {round(training):,}, splitting {splitting:,} ({splitting / training:.1%} more). A step of "
+            "training counts as many passes as its strategy does on the mean.")  # fmt: skip
     return "\n\n".join([show.tree_text(lines), cost, *tables])
 
 

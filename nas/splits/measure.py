@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from nas.build import Built
 from nas.engine import moment, seed_from
 from nas.protocols import Batch, Moment
 from nas.splits.gradients import fixed, match, shared
-from nas.splits.partitions import Cut, best, chosen
+from nas.splits.partitions import Cut, Partition, best, chosen
 from nas.splits.regions import barren, splittable
 from nas.splits.split import Split
-from search_spaces.space import Setting, Value
+from search_spaces.space import Mixture, SearchSpace, Setting, Value
 
 STATE = "split.pt"
 """Beside the checkpoints: sums of distances, and the position in the data."""
+DRAWS = 100
+"""Of the other choices, until no option leaves a dead network (a cell without input); then the last is taken."""
 
 
 class Measured:
@@ -107,38 +110,71 @@ def _moment(built: Built, repeat: int, seed: int, step: int) -> Moment:
 def _distances(built: Built, split: Split, name: str, batch: Batch, now: Moment) -> np.ndarray:
     """D (n, n) of the options of one choice, for one batch and one draw of the other choices."""
     space = built.space
-    with torch.no_grad():
-        others: Mapping[str, Setting] = built.strategy.arch(now) if split.others == "strategy" else space.sample(now.rng)
-    rng = random.Random(now.rng.random())
-
-    def setting_of(option: Value) -> Mapping[str, Setting]:
-        return fixed(space, others, name, option, rng, split.keep_weight)
-
+    alone = set(barren(space, name))
+    for _ in range(DRAWS):
+        with torch.no_grad():
+            others: Mapping[str, Setting] = built.strategy.arch(now) if split.others == "strategy" else space.sample(now.rng)
+        rng = random.Random(now.rng.random())
+        setting_of = partial(_fixed, space, others, name, rng, split.keep_weight)
+        if all(_alive(space, setting_of(option)) for option in space[name].options if option not in alone):
+            break
     return match(built.net, built.setup.loss, batch, setting_of, space[name].options,
                  shared(built.net, name, split.leave_out))  # fmt: skip
 
 
-def cuts(found: Measured, split: Split, level: int) -> dict[str, Cut]:
-    """The best partition of each choice's options."""
+def _fixed(
+    space: SearchSpace, others: Mapping[str, Setting], name: str, rng: random.Random, keep_weight: bool, option: Value
+) -> dict[str, Setting]:
+    return fixed(space, others, name, option, rng, keep_weight)
+
+
+def _alive(space: SearchSpace, setting: Mapping[str, Setting]) -> bool:
+    """Whether the space would draw ``setting``, where it is a plain architecture; mixtures always give something."""
+    arch = {name: said for name, said in setting.items() if not isinstance(said, Mixture)}
+    return len(arch) < len(setting) or bool(space.lawful(space.root.encode([arch]))[0])
+
+
+Refuses = Callable[[str, Sequence[Sequence[Value]]], str]
+"""(choice, groups) -> why the strategy cannot search one of the parts that they make, "" where it can search all."""
+
+
+def cuts(found: Measured, split: Split, level: int, refuses: Refuses = lambda choice, groups: "") -> dict[str, Cut]:
+    """The best partition of each choice's options whose parts can be searched; choices without one are left out. ValueError
+    where no choice has one."""
     cut = partial(best, groups=split.group_count(level), least=split.least, balanced=split.balanced)
-    return {name: cut(D, barren=found.barren[name]) for name, D in found.means().items()}
+    every: dict[str, Cut] = {}
+    reasons: list[str] = []
+    for name, D in found.means().items():
+        def admits(partition: Partition, name: str = name) -> bool:
+            reasons.append(refuses(name, grouped(found, name, partition)))
+            return not reasons[-1]
+
+        with suppress(ValueError):
+            every[name] = cut(D, barren=found.barren[name], admits=admits)
+    if not every:
+        raise ValueError(f"split: no partition of {', '.join(found.options)} makes parts that can be searched: {reasons[-1]}")
+    return every
 
 
-def decide(built: Built, found: Measured, split: Split, level: int) -> dict[str, Any]:
-    """The choice to split, its groups, and all that was measured, as split.json has it."""
-    every = cuts(found, split, level)
+def grouped(found: Measured, choice: str, partition: Partition) -> list[list[Value]]:
+    """The options of ``choice`` in groups."""
+    return [[found.options[choice][i] for i in group] for group in partition]
+
+
+def decide(
+    built: Built, found: Measured, split: Split, level: int, refuses: Refuses = lambda choice, groups: ""
+) -> dict[str, Any]:
+    """The choice to split, its groups, and all that was measured, as split.json has it. ValueError like ``cuts``."""
+    every = cuts(found, split, level, refuses)
     name = chosen(every, split.rule)
-
-    def options(choice: str, cut: Cut) -> list[list[Any]]:
-        return [[found.options[choice][i] for i in group] for group in cut.groups]
 
     D = found.means()
     return {
-        "choice": name, "groups": options(name, every[name]), "rule": split.rule, "repeats": split.repeats,
+        "choice": name, "groups": grouped(found, name, every[name].groups), "rule": split.rule, "repeats": split.repeats,
         "samples": split.samples, "passes": found.passes * split.repeats * split.samples,
         "images": found.passes * split.repeats * split.samples * built.data.batch_size, "seconds": round(found.seconds, 3),
         "measured": {choice: {"options": list(found.options[choice]), "distances": D[choice].tolist(),
-                              "groups": options(choice, cut), "within": cut.within, "cut": cut.cut}
+                              "groups": grouped(found, choice, cut.groups), "within": cut.within, "cut": cut.cut}
                      for choice, cut in every.items()},
     }  # fmt: skip
 

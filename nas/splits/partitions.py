@@ -9,7 +9,7 @@ rounding (``math.fsum``), whatever their order: partitions that are equally good
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -78,10 +78,14 @@ def _sum(D: np.ndarray, pairs: Iterable[tuple[int, int]]) -> float:
     return math.fsum(float(D[i, j]) for i, j in pairs)
 
 
-def best(D: np.ndarray, groups: int, least: int = 1, balanced: bool = False, barren: Collection[int] = ()) -> Cut:
+def best(
+    D: np.ndarray, groups: int, least: int = 1, balanced: bool = False, barren: Collection[int] = (),
+    admits: Callable[[Partition], bool] = lambda partition: True,
+) -> Cut:  # fmt: skip
     """Of all admissible partitions that of the smallest ``within``, so of the largest cut; of equal ones the first.
 
-    ``barren``: positions that make no group without any other (``nas.splits.regions.barren``).
+    ``barren``: positions that make no group without any other (``nas.splits.regions.barren``). ``admits``: asked of partitions,
+    the best first, until one is taken.
     ValueError where there is none, and where D is not square or holds a number that is not finite.
     """
     D = np.asarray(D, dtype=np.float64)
@@ -92,8 +96,10 @@ def best(D: np.ndarray, groups: int, least: int = 1, balanced: bool = False, bar
     if not found:
         raise ValueError(f"{len(D)} options do not make {groups} groups of {least} or more. Allowed: groups x least up to the "
                          "number of options; take fewer groups, or leave this choice out of split.choices.")  # fmt: skip
-    inside, at = min((within(D, partition), k) for k, partition in enumerate(found))
-    return Cut(found[at], inside, total(D) - inside)
+    for inside, k in sorted((within(D, partition), k) for k, partition in enumerate(found)):
+        if admits(found[k]):
+            return Cut(found[k], inside, total(D) - inside)
+    raise ValueError(f"none of the {len(found)} partitions makes parts that the strategy can search.")
 
 
 def chosen(cuts: Mapping[str, Cut], rule: str) -> str:

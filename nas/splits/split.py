@@ -24,9 +24,9 @@ class Split:
     supernet. ``by``: "gradients", the choice and the groups of its options whose gradients agree; "exhaustive", a child for
     each option of a named choice.
 
-    ``choices``: patterns of the names that may be split; exhaustive: the name of each level's choice. ``groups``: of each
-    level. ``least``: options in a group at least; ``balanced``: sizes differ by one at most. ``rule``: which choice is split,
-    that of the largest "cut", or of the smallest "within".
+    ``choices``: patterns of the names that may be split, each once on the way to a leaf; exhaustive: the name of each level's.
+    ``groups``: of each level. ``least``: options in a group at least; ``balanced``: sizes differ by one at most. ``rule``:
+    which choice is split, that of the largest "cut", or of the smallest "within".
 
     ``repeats``: batches over which distances are averaged; ``samples``: draws of the other choices for each. ``others``: where
     these draws come from: the "strategy" (a mixture, a sample, a path: what it would train next), or "sample", a random

@@ -76,9 +76,21 @@ class Tree:
         self.begins = [0]  # at which epoch the schedules of each level began
         for level, end in enumerate(self.epochs[:-1]):
             self.begins.append(self.begins[-1] if split.inherits(level) == "all" else end)
+        self.until = [self._end(level) for level in range(split.levels + 1)]  # at which epoch they end
         self.searching = before(built.strategy, split.before)
         self._opened: dict[str, Built] = {}
         self._children: dict[str, list[Node]] = {}  # a split never changes
+
+    def _end(self, level: int) -> int:
+        """The end of the schedules of ``level``: of the run, or the first split from which only weights are taken over, which
+        are trained to an end (page, section 2a)."""
+        for number in range(level, self.split.levels):
+            inherits = self.split.inherits(number)
+            if inherits == "weights" and self.epochs[number] > self.begins[level]:
+                return self.epochs[number]
+            if inherits != "all":
+                break
+        return self.epochs[-1]
 
     # -- structure --------------------------------------------------------------------------------------------------
 
@@ -151,7 +163,7 @@ class Tree:
             return dict(config)
         part = {choice.name: list(choice.options) for choice, whole in zip(node.space.choices, self.built.net.space.choices)
                 if choice.options != whole.options and choice.name not in node.space.ties}  # fmt: skip
-        own = {**config, "seed": self.seed_of(node), "epochs": self.epochs[-1] - node.began, "part": part}
+        own = {**config, "seed": self.seed_of(node), "epochs": self.until[node.level] - node.began, "part": part}
         own.pop("split", None)
         if not node.last and "init_args" in config.get("strategy", {}):
             own["strategy"] = _merged(config["strategy"], {"init_args": self.split.before})
@@ -169,7 +181,7 @@ class Tree:
     def parts(self, level: int) -> tuple[Strategy, Setup]:
         """A strategy that has not started, and what it starts with: as of every supernet of ``level``, but for the root's net
         and space."""
-        steps = (self.epochs[-1] - self.begins[level]) * self.built.setup.epoch_steps
+        steps = (self.until[level] - self.begins[level]) * self.built.setup.epoch_steps
         strategy = self.built.strategy if level == self.split.levels else self.searching
         return _fresh(strategy, {}, ""), self.built.setup._replace(steps=steps)
 

@@ -24,7 +24,16 @@ from nas.strategies.tas import TAS
 from search_spaces.space import SearchSpace
 
 
-@pytest.fixture(params=map(param, SPLIT))
+def once() -> Iterator[Any]:
+    """Every entry; the second and later ones of a strategy are slow."""
+    seen: set[str] = set()
+    for entry in SPLIT:
+        name = type(entry.make()).__name__
+        yield param(entry._replace(slow=entry.slow or name in seen))
+        seen |= set() if entry.slow else {name}
+
+
+@pytest.fixture(params=once())
 def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
 

@@ -113,6 +113,7 @@ def test_head_and_drop_path_serve_the_training_alone(larger: Path, evaluated: Pa
     assert all(torch.equal(weights[f"network.{key}"], value) for key, value in kept.items())
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_ends_like_an_unbroken_one(larger: Path, evaluated: Path, tmp_path: Path) -> None:
     words = ("retrain", larger, "--threads", "1", "--out", tmp_path / "run", "--resume", "auto")
     count = random.Random(3).randint(13, 18)  # in the second of two epochs of 12 steps

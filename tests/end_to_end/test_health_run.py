@@ -202,6 +202,7 @@ def test_the_best_random_one_can_be_extracted(whole: tuple[Path, Result], tmp_pa
     assert read_arch(Path(ok(*words).last) / "arch.json").arch == read_arch(whole[0] / "random" / "arch.json").arch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [
     At(KILL, "update", 8), At(KILL, "line", 12), pytest.param(At(KILL, "written", 4), marks=pytest.mark.slow),
     pytest.param(At(KILL, "moved", 3), marks=pytest.mark.slow)], ids=lambda at: at.place)  # fmt: skip

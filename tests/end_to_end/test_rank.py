@@ -129,6 +129,7 @@ def test_a_stopped_run_is_ranked_and_goes_on_as_if_it_had_not_been(tied: Path, t
     assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["step"] == 12
 
 
+@pytest.mark.slow
 def test_which_architectures(tied: Path, truth: str) -> None:
     def ranked(*words: str) -> tuple[list[str], dict[str, int]]:
         out = Path(f"out{len(list(Path().glob('out*')))}")
@@ -176,6 +177,7 @@ def test_a_ranking_ranks_itself(tied: Path, truth: str) -> None:
     assert report["rankers"]["prediction"]["overlap"]["value"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_tables_of_choices_of_numbers_and_json(tied: Path) -> None:
     save("choices.csv", {**{name: [arch[name] for arch in ARCHS] for name in ARCHS[0]}, "acc": range(12)})
     Path("truth.json").write_text(json.dumps({text: {"acc": [i, i + 1.0]} for i, text in enumerate(TEXTS)}))

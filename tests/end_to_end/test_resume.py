@@ -36,6 +36,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
             for tag in events.Tags()["scalars"] if not tag.startswith("system/")}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_search_killed_three_times_ends_like_an_unbroken_one(tied: Path, tmp_path: Path) -> None:
     rng, words = random.Random(7), (*SEARCH, "--out", tmp_path / "run", "--resume", "auto")
     for count in (rng.randint(7, 12), rng.randint(2, 6), 6):  # from step 0, then from 6: the last before its last step
@@ -64,6 +65,7 @@ def test_a_kill_in_the_middle_of_a_file(at: At, tied: Path, tmp_path: Path) -> N
     assert differences(outcome(tmp_path / "run"), outcome(tied)) == []
 
 
+@pytest.mark.slow
 def test_a_retraining_killed_twice_ends_like_an_unbroken_one(bundle: Path, retrained: Path, tmp_path: Path) -> None:
     words = ("retrain", bundle, *RETRAIN, "--out", tmp_path / "run", "--resume", "auto")
     for count in (random.Random(3).randint(13, 18), random.Random(4).randint(2, 6)):

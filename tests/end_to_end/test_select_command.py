@@ -180,6 +180,7 @@ def test_a_limit_on_latency(mine: Path, table: Path) -> None:
     assert 20 <= len(met) < len(tops) and again["top1"] == max(met)
 
 
+@pytest.mark.slow
 def test_threads_are_those_that_are_asked_for(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They stand behind those of the recipe, 1."""
     asked: list[int] = []

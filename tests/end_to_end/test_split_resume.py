@@ -59,6 +59,7 @@ def tree(folder: Path) -> Tree:
 # -- its nodes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_node_is_a_run_of_its_own(grown: Path, tmp_path: Path) -> None:
     """Its config is a recipe of a part of the space; what is read and extracted there is what the whole run says."""
     whole, node = tree(grown), grown / "nodes" / "0.1"

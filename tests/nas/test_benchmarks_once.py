@@ -75,6 +75,7 @@ def test_runs_are_priced_by_what_they_would_draw() -> None:
     assert sandwich == Price(60.0 * 2 * (full + small), 0.0, None)
 
 
+@pytest.mark.slow
 def test_every_method_gets_the_epochs_that_cost_nearest_to_the_budget(tmp_path: Path) -> None:
     assert [nearest(lambda n: 3.0 * n, budget, 2) for budget in (1.0, 31.0, 32.0)] == [2, 10, 11]
     built = tiny("deps-mbv3-cifar10")

@@ -72,6 +72,7 @@ def test_a_budget_that_pays_for_no_tree_is_refused() -> None:
         timetable((), (), 0.3)
 
 
+@pytest.mark.slow
 def test_all_searches_cost_alike_and_their_splits_fit(tmp_path: Path) -> None:
     plans = plan(PAIRS, asked(tmp_path), [])
     assert [each.job.seed for each in plans] == [1, 2] * len(PAIRS) and len({each.job.folder for each in plans}) == len(plans)

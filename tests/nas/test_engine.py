@@ -228,6 +228,7 @@ def test_a_killed_and_resumed_run_is_bit_exact(tmp_path: Path, die: int) -> None
     assert [json.loads(line)["step"] for line in (killed / SYSTEM).read_text().splitlines()] == [*range(2, 24, 3)]
 
 
+@pytest.mark.slow
 def test_sessions_cut_by_time_add_up_to_the_same_run(tmp_path: Path) -> None:
     fit(tmp_path / "straight")
     reasons: list[str] = []

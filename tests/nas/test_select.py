@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import nas.evaluate
 import nas.select
 from nas import ranks
 from nas.build import Built, gather
@@ -72,7 +73,7 @@ def top1(arch: Mapping[str, Any]) -> float:
 
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    monkeypatch.setattr(nas.select, "score_archs", found := Reader())
+    monkeypatch.setattr(nas.evaluate, "score_archs", found := Reader())
     return found
 
 
@@ -295,7 +296,7 @@ def test_of_equal_accuracies_the_lower_loss_is_picked_then_the_cheaper(
     def read(net: Any, archs: Sequence[Any], *more: Any) -> list[Scores]:
         return [Scores(0.5, 1.0, 30, (), ()) for _ in archs]
 
-    monkeypatch.setattr(nas.select, "score_archs", read)
+    monkeypatch.setattr(nas.evaluate, "score_archs", read)
     found = picked(untrained, Select(evaluations=20), tmp_path)
     codes, _ = found.scores.all()
     macs = untrained.costs.batch(codes)

@@ -86,6 +86,7 @@ def places(kind: str) -> Iterator[tuple[str, Any]]:
     yield "sibling", lambda patch: at_step(patch, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("weights", "nothing"))])
 def test_a_run_that_is_broken_everywhere(kind: str, place: Path, tmp_path: Path) -> None:
     """One after the other: amid the root, its distances, what is written of the children, before split.json, amid a leaf,

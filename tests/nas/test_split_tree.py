@@ -12,7 +12,7 @@ import torch
 from split_runs import EDGES, EPOCH_STEPS, SEED, built, gm, go, split_only, tree
 from torch import Tensor
 
-import nas.select as selecting
+import nas.evaluate as evaluating
 from nas import checkpoint
 from nas.bilevel import Alphas, Weights
 from nas.budget import Budget
@@ -107,7 +107,7 @@ def test_every_node_says_what_it_is(nested: tuple[Found, list[str]]) -> None:
         if node.path:
             free = {name: tuple(options) for name, options in config["part"].items()}
             assert free == {c.name: c.options for c in node.space.choices if len(c.options) < 5} and free
-            assert config["epochs"] == (1 if node.level == 2 else 3) and config["seed"] == payload["seed"] != SEED
+            assert config["epochs"] == node.level % 2 + 1 and config["seed"] == payload["seed"] != SEED
         seeds.add(payload["seed"])
     assert len(seeds) == 7 and found.root.began == 0
     assert [(n.began, n.ends, n.last) for n in found.level(2)] == [(2, 3, True)] * 4
@@ -174,7 +174,7 @@ def test_a_child_that_begins_anew(inherit: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DARTS, "update", watched)
         go(tmp_path / "run", gm([1], inherit))
-    assert [(steps, count) for steps, count, *_ in begun] == [(6, 0), (4, 0), (4, 0)]
+    assert [(steps, count) for steps, count, *_ in begun] == [(2 if inherit == "weights" else 6, 0), (4, 0), (4, 0)]
     assert len({rate for *_, rate in begun}) == 1
     parent = stored(tmp_path / "run")["strategy"]
     old = parent["setup"]["net"]
@@ -354,13 +354,13 @@ def test_what_fits_the_budget_comes_first_then_accuracy_then_order() -> None:
 
 def test_a_searcher_picks_from_the_whole_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every subnet is scored in the weights of the leaf that holds it."""
-    read, score = list[tuple[dict[str, Tensor], list[Any]]](), selecting.score_archs
+    read, score = list[tuple[dict[str, Tensor], list[Any]]](), evaluating.score_archs
 
     def watched(net: Any, archs: Any, *given: Any, **named: Any) -> Any:
         read.append(({name: p.detach().clone() for name, p in net.named_parameters()}, list(archs)))
         return score(net, archs, *given, **named)
 
-    monkeypatch.setattr(selecting, "score_archs", watched)
+    monkeypatch.setattr(evaluating, "score_archs", watched)
     found = go(tmp_path / "run", gm([1]), SPOS(), searcher=Random(trials=12), limits=Select(bn_images=32), every=3)
     made = tree(tmp_path / "run", gm([1]), SPOS())
     served, of = set(), {leaf.name: stored(leaf.folder)["strategy"]["setup"]["net"] for leaf in made.level(1)}
