@@ -216,6 +216,7 @@ def test_a_kill_in_either_part_changes_nothing(at: At, whole: tuple[Path, Result
     assert not (tmp_path / "whole" / "random-2").exists()
 
 
+@pytest.mark.slow
 def test_it_can_be_asked_of_a_finished_search_and_not_be_changed(whole: tuple[Path, Result], tmp_path: Path) -> None:
     words = (*SEARCH, "--out", tmp_path / "whole", "--resume", "auto")
     ok(*words)

@@ -148,6 +148,7 @@ def test_which_architectures(tied: Path, truth: str) -> None:
     assert left == {"not in the truth": 1, "without a truth": 1, "rows of truth unread": 1}
 
 
+@pytest.mark.slow
 def test_given_values_need_no_run(truth: str) -> None:
     """Predictions 3, 1, 2, 2 of truths 90, 91, 92, 94: (1 + 1 - 3) / sqrt(5 * 6)."""
     save("p.csv", {"arch": [TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[4], TEXTS[3], TEXTS[5], "absent"], "p": [3, 1, 2, 2, 1, "", 4]})

@@ -51,7 +51,8 @@ def test_a_search_killed_three_times_ends_like_an_unbroken_one(tied: Path, tmp_p
 
 
 @pytest.mark.parametrize("at", [
-    pytest.param(At(KILL, "written", 2), marks=pytest.mark.slow), At(KILL, "moved", 1), At(KILL, "line", 2)],
+    pytest.param(At(KILL, "written", 2), marks=pytest.mark.slow), pytest.param(At(KILL, "moved", 1), marks=pytest.mark.slow),
+    At(KILL, "line", 2)],
     ids=lambda at: at.place)  # fmt: skip
 def test_a_kill_in_the_middle_of_a_file(at: At, tied: Path, tmp_path: Path) -> None:
     words = (*SEARCH, "--out", tmp_path / "run", "--resume", "auto")

@@ -203,6 +203,7 @@ def texts(run: Path) -> list[str]:
         return [row["arch"] for row in csv.DictReader(lines)]
 
 
+@pytest.mark.slow
 def test_many_subnets_at_once(finished: Path) -> None:
     names = ["largest", "smallest", "random:4", str(finished / "arch.json")]
     found = said("evaluate", finished, *(word for name in names for word in ("--arch", name)), "--bn-images", "64", "--json")

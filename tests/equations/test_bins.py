@@ -131,6 +131,7 @@ def keeps_the_law(mutate: Callable[[Bins], None] = lambda bins: None) -> None:
         assert fit(inside, expected(law, t)) > 1e-3, WRONG
 
 
+@pytest.mark.slow
 def test_draws_keep_the_law() -> None:
     keeps_the_law()
 

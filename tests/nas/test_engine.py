@@ -288,9 +288,10 @@ def test_a_bad_state_is_never_saved(tmp_path: Path, poison: int, metric: str) ->
     ("number", "reason", "code"),
     [
         (signal.SIGTERM, "terminated", 143),
-        pytest.param(signal.SIGINT, "interrupted", 130, marks=pytest.mark.slow),
+        (signal.SIGINT, "interrupted", 130),
     ],
 )
+@pytest.mark.slow
 def test_signals_save_and_say_so(tmp_path: Path, number: int, reason: str, code: int) -> None:
     fit(tmp_path / "straight")
     child = script(tmp_path / "run", wait=0.2)

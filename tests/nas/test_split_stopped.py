@@ -120,6 +120,7 @@ def test_two_levels_broken_anywhere(nth: int, place: Path, tmp_path: Path) -> No
     assert same(outcome(run(out, split)), whole(place, "nested")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["root's last step", "first distance", "last distance"])
 def test_a_signal_is_not_lost_between_the_parts(
     moment: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
