@@ -56,7 +56,7 @@ def report(
         "## Result\n\n" + _found(built, picks, pick),
     ]
     if splits:
-        parts.append("## Supernets\n\n" + splits)
+        parts.append("## Supernets\n\n" + splits + "\n\nWhat follows is of the picked one.")
     warned = warning_lines(picks.warned, picks.history[-1]["step"])
     if picks.derive:
         parts.append("## Health\n\n" + health_table(picks.history) + "\n\n" + warned)

@@ -195,15 +195,20 @@ class Tree:
         checkpoint.restore(built.strategy, payload["strategy"], node.folder / CHECKPOINTS)
         return dataclasses.replace(built, step=payload["step"])
 
+    def begun(self, node: Node) -> int:
+        """At which step of its schedules ``node`` goes on with what its parent did."""
+        before = self.epochs[node.level - 1] if node.path else 0
+        return max(before - node.began, 0) * self.built.setup.epoch_steps
+
     def done(self, node: Node) -> int:
         """The steps that ``node`` has behind it, those of a parent whose schedules it went on with included."""
         return int(checkpoint.load(node.folder / CHECKPOINTS)[0]["step"]) if saved(node.folder) else 0
 
     def trained(self) -> Built:
-        """The parts of the root, in the place of whose strategy the tree serves."""
+        """The parts of the root, in the place of whose strategy the tree serves. ``step``: of all supernets together."""
         leaves = self.level(self.split.levels)
         finished = bool(leaves) and all(self.done(leaf) == self.steps(leaf) for leaf in leaves)
-        step = sum(self.done(node) for node in self.nodes())
+        step = sum(self.done(node) - (self.begun(node) if self.done(node) else 0) for node in self.nodes())
         return dataclasses.replace(self.built, tree=self, step=step, finished=finished)
 
     # -- readings ---------------------------------------------------------------------------------------------------
