@@ -143,7 +143,7 @@ def cuts(found: Measured, split: Split, level: int, refuses: Refuses = lambda ch
     where no choice has one."""
     cut = partial(best, groups=split.group_count(level), least=split.least, balanced=split.balanced)
     every: dict[str, Cut] = {}
-    reasons: list[str] = []
+    reasons = ["their options do not make such groups."]  # the last is told
     for name, D in found.means().items():
         def admits(partition: Partition, name: str = name) -> bool:
             reasons.append(refuses(name, grouped(found, name, partition)))

@@ -81,6 +81,16 @@ def test_a_budget_that_a_part_cannot_reach_forbids_that_cut() -> None:
         decide(made, measured, split, 0, lambda choice, groups: "out of reach")
 
 
+def test_options_that_make_no_such_groups_are_one_line() -> None:
+    """Where no partition was even asked about."""
+    split = gm([1], choices=["node3.from0"])
+    made = built(split)
+    measured = Measured(made, split, 0)
+    measured.barren["node3.from0"] = list(range(5))
+    with pytest.raises(ValueError, match="makes parts that can be searched: their options do not make such groups"):
+        decide(made, measured, split, 0)
+
+
 def test_paths_that_an_option_would_kill_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Page, section 3: random paths are redrawn until input reaches output, with every operation on the edge."""
     split = gm([1], choices=["node3.from0"])
