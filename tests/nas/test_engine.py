@@ -284,14 +284,9 @@ def test_a_bad_state_is_never_saved(tmp_path: Path, poison: int, metric: str) ->
     assert error.value.checkpoint == tmp_path / "run" / "checkpoints" / "last.pt"
 
 
-@pytest.mark.parametrize(
-    ("number", "reason", "code"),
-    [
-        (signal.SIGTERM, "terminated", 143),
-        (signal.SIGINT, "interrupted", 130),
-    ],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "reason", "code"), [
+    (signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)])  # fmt: skip
 def test_signals_save_and_say_so(tmp_path: Path, number: int, reason: str, code: int) -> None:
     fit(tmp_path / "straight")
     child = script(tmp_path / "run", wait=0.2)

@@ -122,6 +122,7 @@ def test_children_that_were_trained_are_not_begun_again(tmp_path: Path) -> None:
     go(tmp_path / "run", split)
     again = tree(tmp_path / "run", split)
     assert [again.done(leaf) for leaf in again.level(1)] == steps == [6, 6]
+    assert again.trained().step == 2 + 4 + 4 and again.trained().finished  # the root's steps are not counted again
     assert (tmp_path / "run" / "arch.json").read_text() == arch
 
 
