@@ -23,6 +23,7 @@ from nas.budget import Budget
 from nas.cost import PRICES, CostTable
 from nas.data import Data
 from nas.engine import seed_from
+from nas.heads import Head
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.precision import in_precision
@@ -126,6 +127,7 @@ def assemble(config: Namespace) -> Built:
     net.reset(torch.Generator().manual_seed(seed_from(config.seed, "weights")))
     if config.init:
         adopt(net, space.root.largest(), load_weights(config.init), torch.zeros(2, *data.shape))
+    Head(**config.head.as_dict()).attach(net)
     net = in_precision(net.to(device), config.precision, config.channels_last)
     return gather(data, net, build(config.strategy), loss_of(config), epochs=config.epochs, seed=config.seed, device=device,
                   group=group, searcher=build(config.searcher) if config.searcher else None,

@@ -139,7 +139,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, An
             why = failures[0] if failures else f"{paths[0]} is missing"
             _logger.warning("%s; continuing from %s (step %s)", why, path, payload["step"])
         return payload, path
-    raise ValueError("; ".join(failures) + ". No readable checkpoint is left: start the run anew.")
+    raise ValueError("; ".join(failures) + f". No readable checkpoint is left: delete {folder}, and resume, which "
+                     "trains again what was in it.")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -242,21 +243,22 @@ def _restore_teacher(setup: Setup, wanted: str | None, folder: Path | None) -> N
     path = None if folder is None else folder / f"teacher-{wanted}.pt"
     if path is None or not path.exists():
         raise ValueError(f"checkpoint: its teacher is {wanted[:12]}, this one is another, and {path} is not there.")
-    setup.teacher.load_state_dict(_torch_load(path, "cpu"))
+    setup.teacher.load_state_dict(read(path))
     del _digests[setup.teacher]
     if digest(setup.teacher) != wanted:
         raise ValueError(f"{path}: the content is not what the name says. Restore the file, or start a new run.")
 
 
 def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
-    payload = _torch_load(path, device)
+    payload = read(path, device)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT or payload.get("version") != VERSION:
         raise ValueError(f"{path} is not a {FORMAT} of version {VERSION}")
     return payload
 
 
-def _torch_load(path: Path, device: torch.device | str) -> Any:
-    """``torch.load(weights_only=True)``; every GPU's tensors to ``device``. ValueError where the file is damaged."""
+def read(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``write`` wrote, by ``torch.load(weights_only=True)``; every GPU's tensors to ``device``. ValueError, which names
+    the file, where it is damaged."""
     places = {f"cuda:{i}": str(device) for i in range(64)}
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes

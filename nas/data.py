@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from nas.augment import LIMIT, SELECT, TEST, VALID, VIEW, Augment, noise, normalise, permutation, resize, seeded
 from nas.feed import SPLITS, Feed, View, pick_rows, view_transform
 from nas.feed import from_loaders as from_loaders
+from nas.order import fraction_of
 from nas.protocols import Batch
 from nas.sources import Images, Source, load
 
@@ -60,6 +61,9 @@ class Data:
     images brought to ``size`` on the fly: crop (random resized), flip, colour. ``cutout``: side of the hole, 0 = none.
     ``valid_fraction`` and ``select_fraction``: of the training images, of which ``limit`` keeps a stratified subset.
     ``size``: resolution of the network (default: the images' own). ``workers``: loader processes for decoding.
+    ``subset``: the fraction of train that an epoch reads, a fresh one every epoch (RS2, nas/order.py); null or 1: all. An epoch
+    is shorter by it, and so is the schedule. ``subset_replacement``: each epoch draws for itself, instead of reading on where
+    the last one stopped, until all images have been read.
     Feeds of train and valid give the training view (as DARTS and TAS do for alphas), all else the evaluation view.
     Raises ValueError or FileNotFoundError, in one line. With ranks, let one make the object first: it may decode.
     """
@@ -83,18 +87,24 @@ class Data:
         size: int | None = None,
         download: bool = False,
         workers: int = 0,
+        subset: float | None = None,
+        subset_replacement: bool = False,
     ) -> None:
         if size is not None and size < 1:
             raise ValueError(f"data.size = {size} is no resolution. Allowed: 1 pixel and more.")
         source = load(name, root, download, size)
         self._fill(source, name, batch_size=batch_size, augment=augment, pad=pad, cutout=cutout, size=size,
                    valid_fraction=valid_fraction, select_fraction=select_fraction, split_seed=split_seed, limit=limit,
-                   workers=workers)  # fmt: skip
+                   workers=workers, subset=subset, subset_replacement=subset_replacement)  # fmt: skip
 
     def _fill(self, source: Source, name: str, *, batch_size: int, workers: int, size: int | None,
-              augment: Sequence[str] | None, pad: int | None, cutout: int, **cuts: Any) -> None:  # fmt: skip
+              augment: Sequence[str] | None, pad: int | None, cutout: int, subset: float | None, subset_replacement: bool,
+              **cuts: Any) -> None:  # fmt: skip
         if batch_size < 1 or workers < 0:
             raise ValueError(f"data.batch_size = {batch_size}, workers = {workers}. Allowed: from 1, from 0.")
+        if subset is not None and not 0 < subset <= 1:
+            raise ValueError(f"data.subset = {subset} is no fraction of an epoch. Allowed: above 0 to 1, or null for all.")
+        self.subset, self.subset_replacement = None if subset == 1 else subset, subset_replacement
         self.classes, self.batch_size, self.workers = source.classes, batch_size, workers
         self._resident: dict[tuple[int, str], Tensor] = {}
         self._cut(source, **cuts)
@@ -184,6 +194,10 @@ class Data:
             raise ValueError(f"No image is left to train on: all {n} are in valid and select. Lower their fractions.")
         self.splits["train"] = split(source.train, rows)
         figures = [f"train {len(rows):,}", *stated.values(), f"test {len(self.splits['test'].rows):,}"]
+        if self.subset is not None:
+            read = fraction_of(len(rows), self.subset) // self.batch_size * self.batch_size
+            notes.append(f"an epoch reads {read:,} of train ({100 * self.subset:g}%, RS2 "
+                         f"{'with' if self.subset_replacement else 'without'} replacement)")  # fmt: skip
         self._stated = "; ".join([", ".join(figures), *notes])
 
     def _statistics(self, images: Images) -> tuple[list[float], list[float]]:

@@ -100,18 +100,23 @@ class Descent:
             else:
                 p.grad.add_(p - q, alpha=share)
 
-    def step(self, norm: bool = False) -> None:
-        """Average over ranks, clip, step, clear the gradients. ``norm``: keep the norm without clipping too."""
+    def step(self, norm: bool = False, look: Callable[[], None] | None = None, unclipped: bool = False) -> None:
+        """Average over ranks, clip, step, clear the gradients. ``norm``: keep the norm without clipping too. ``look``: called
+        in a step that acts, while every ``.grad`` is what the optimizer is given; ``unclipped``: before clipping."""
         self.calls += 1
         if self.calls % self.accumulate:
             return
         self._use(self._averaged([p.grad for p in self.params]))
+        if look is not None and unclipped:
+            look()
         if self.clip is not None:
             self.norm = clip_grad_norm_(self.params, self.clip)
         elif norm or self.clip_value is not None:
             self.norm = get_total_norm([p.grad for p in self.params if p.grad is not None])
         if self.clip_value is not None:
             clip_grad_value_(self.params, self.clip_value)
+        if look is not None and not unclipped:
+            look()
         self._move(self.rate)
         self.optimizer.zero_grad(set_to_none=True)
         self.count += 1

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nas.losses import repeated
+
 NEAR = 1e-3
 """An alpha so near to 0 or 1 is taken for it: the general form divides by alpha (alpha - 1)."""
 
@@ -63,7 +65,9 @@ def adaptive_divergence(
     student: Tensor, teacher: Tensor, alphas: tuple[float, float] = (-1.0, 1.0), clip: float | None = 5.0
 ) -> Tensor:
     """G of whichever of two ``alphas`` (alpha-, alpha+) has the larger D, image by image; of equal ones, alpha+. The mean over
-    the batch, (). Defaults as published; the rest as for ``alpha_divergence``."""
+    the batch, (). Defaults as published; the rest as for ``alpha_divergence``. Either may hold several samples of the batch
+    (nas/losses.py): the mean is over all of them."""
+    student, teacher = repeated(student, teacher), repeated(teacher, student)
     low, high = (alpha_divergence(student, teacher, alpha, clip) for alpha in alphas)
     return torch.where(low.D > high.D, low.G, high.G).mean()
 

@@ -32,6 +32,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
          lambda m: _unknown(f"{m.group(1)}.{m.group(2)}", parser, where, path)),
         (r"unrecognized arguments: --([^\s=]+)", lambda m: _unknown(m.group(1), parser, where, path)),
         (r"unrecognized arguments: (\S+)", lambda m: f"{m.group(1)!r} is one word too many. Options are --key value."),
+        (r"Unable to load config '([^']*)'", lambda m: f"{where} = {m.group(1)} is not a section. {_section(where, parser)}"),
         (r"argument (--\S+): expected one argument", lambda m: f"{m.group(1)} needs a value."),
         (r"module '([^']+)' has no attribute '([^']+)'", lambda m: f"{where}: {_no_class(m.group(1), m.group(2))}"),
         (r"No module named '([^']+)'", lambda m: f"{where} = {path}: there is no module {m.group(1)}. {CLASS}"),
@@ -64,6 +65,13 @@ def _kind(expected: str) -> str:
     return KINDS.get(name, name if name.startswith("tuple") else f"a {name}").replace("tuple with", "a list of")
 
 
+def _section(where: str, parser: ArgumentParser) -> str:
+    """How the section ``where`` of ``parser`` is given."""
+    keys = [key.removeprefix(f"{where}.") for key in keys_of(parser) if key.startswith(f"{where}.")]
+    return (f"Give its keys, as --{where}.{keys[0]} VALUE, or a .yaml file of them. Allowed: {', '.join(keys)}." if keys
+            else "Give keys and values, or a .yaml file of them.")  # fmt: skip
+
+
 def _unknown(name: str, parser: ArgumentParser, where: str = "", path: str = "") -> str:
     """What to say of a key that nobody knows: of the class at ``path``, which ``where`` names, or of the ``parser``."""
     before = f"{where}." if path and where else ""
@@ -73,14 +81,15 @@ def _unknown(name: str, parser: ArgumentParser, where: str = "", path: str = "")
 
 
 def _nearest(name: str, keys: Sequence[str]) -> str | None:
-    """The key most like ``name``, its dots followed from the left: one of the same section where that is known, else one of
-    the section most like it, else whatever looks most like the whole."""
+    """The key most like ``name``, its dots followed from the left: one that begins so, else one of the same section where that
+    is known, else one of the section most like it, else whatever looks most like the whole."""
     parts, found = name.split("."), list(keys)
     for level, part in enumerate(parts):
         last = level + 1 == len(parts)
         here = {key.split(".")[level] for key in found if (key.count(".") >= level if last else key.count(".") > level)}
         known = level > 0 and last and all(key.split(".")[:level] == parts[:level] for key in found)
-        near = difflib.get_close_matches(part, sorted(here), n=1, cutoff=0.0 if known else 0.6)
+        begun = [key for key in sorted(here) if part and key.startswith(part)]
+        near = difflib.get_close_matches(part, begun or sorted(here), n=1, cutoff=0.0 if known or begun else 0.6)
         if not near:
             found = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
             break

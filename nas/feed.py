@@ -1,9 +1,10 @@
 """What a strategy draws its batches from: the order of every epoch, the share of every rank, exact resume.
 
-The order of epoch e is a pure function of (seed, split, e), so the state of a feed is one counter a split.
+The order of a split is a pure function of (seed, split, step), see nas/order.py, so the state of a feed is one counter a split.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
-from nas.augment import ODDS, SPLIT, VIEW, fold, noise, permutation, resize, seeded, uniform
+from nas.augment import SPLIT, VIEW, fold, noise, resize, seeded
+from nas.order import Odds, Order
 from nas.protocols import Batch
 from nas.sources import GREY
 
 if TYPE_CHECKING:
     from nas.data import Data
 
-Odds = Tensor | float | None
 SPLITS = ("train", "valid", "select", "test")
 DRAWN = SPLITS[:3]
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
@@ -70,37 +71,6 @@ def pick_rows(pixels: Tensor, rows: Tensor) -> Tensor:
     return pixels.index_select(0, rows.to(pixels.device))
 
 
-class Order:
-    """step -> (positions (batch,), the epoch that augmentation hashes): a pure function, the same on every rank."""
-
-    def __init__(self, n: int, batch_size: int, seed: int, device: torch.device | str) -> None:
-        self.n, self.batch_size, self.seed, self.device = n, batch_size, seed, device
-        self.epoch_steps = n // batch_size
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __call__(self, step: int, odds: Odds = None) -> tuple[Tensor, int | Tensor]:
-        if odds is not None:
-            draws = step * self.batch_size + torch.arange(self.batch_size, device=self.device)
-            return self._weighted(noise(self.seed, 0, draws, ODDS), odds), -1 - draws  # no epoch is negative
-        epoch, start = divmod(step, self.epoch_steps)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.seed, epoch, self.n, self.device)
-        return self._order[start * self.batch_size : (start + 1) * self.batch_size], epoch
-
-    def _weighted(self, numbers: Tensor, odds: Tensor | float) -> Tensor:
-        """Positions by the inverse of the cumulative odds; on the host in float64, so that ranks agree."""
-        if not isinstance(odds, Tensor):
-            return numbers % self.n
-        weights = odds.detach().to("cpu", torch.float64)
-        fine = weights.shape == (self.n,) and bool(torch.isfinite(weights).all() and weights.min() >= 0)
-        if not fine or weights.sum() <= 0:
-            raise ValueError(f"odds {tuple(odds.shape)}: allowed are ({self.n},) finite numbers from 0, not all 0.")
-        ends = weights.cumsum(0)
-        found = torch.searchsorted(ends, uniform(numbers.cpu()) * ends[-1], right=True)
-        last = int(weights.nonzero()[-1])  # rounding may reach the end of the list, where odds may be 0
-        return found.clamp(max=last).to(self.device)
-
-
 class Keys:
     """The batch sampler of images decoded on the fly: (row, seed) pairs from step ``start`` on, this rank's share."""
 
@@ -132,24 +102,32 @@ class Track:
             raise ValueError(f"batch_size = {data.batch_size} is above the {n} images of {split}. Give {n} or less.")
         self.seed = fold(seed, SPLIT, DRAWN.index(split))
         self.augmented = split != "select"
-        self.order = Order(n, size, self.seed, device)
+        drawn = (data.subset, data.subset_replacement) if split == "train" else (None, False)
+        self.order = Order(n, size, self.seed, device, *drawn)
+        if not self.order.epoch_steps:
+            raise ValueError(f"data.subset = {data.subset} of the {n} images of {split} fills no batch of {size}. Give "
+                             f"{math.ceil(1000 * size / n) / 1000:g} or more, or a smaller batch_size.")  # fmt: skip
         self.labels, self.rows = self.part.labels.to(device), self.part.rows.to(device)
         self.share = slice(rank * size // world, (rank + 1) * size // world)
         self._data, self._next = data, -1
         self._ahead: Iterator[Tensor] | None = None
+        self._odds: Odds = None
+        self._version = 0
         if data.on_the_fly:
-            self._keys = Keys(Order(n, size, self.seed, "cpu"), self.part.rows, self.share)
+            self._keys = Keys(Order(n, size, self.seed, "cpu", *drawn), self.part.rows, self.share)
             self._loader = data.loader(self.part.images, self._keys, self.augmented)
 
     def pixels(self, step: int, odds: Odds, index: Tensor) -> Tensor:
         """(B, C, H, W) of ``index``, the share of ``step``."""
         if not self._data.on_the_fly:
             return pick_rows(self._data.pixels(self.part.images, self.rows.device), self.rows[index])
-        if self._ahead is None or step != self._next or not _same(odds, self._keys.odds):
+        version = odds._version if isinstance(odds, Tensor) else 0
+        known = odds is self._odds and version == self._version  # an epoch's odds are compared once
+        if self._ahead is None or step != self._next or not (known or _same(odds, self._keys.odds)):
             # A jump or new odds: what was decoded ahead is dropped, the workers stay.
             self._keys.start, self._keys.odds = step, odds.detach().cpu().clone() if isinstance(odds, Tensor) else odds
             self._ahead = iter(self._loader)
-        self._next = step + 1
+        self._next, self._odds, self._version = step + 1, odds, version
         return next(self._ahead)
 
 
@@ -170,7 +148,8 @@ def counts(state: Mapping[str, int]) -> dict[str, int]:
 class Feed:
     """``nas.protocols.Draw`` over ``Data``: rank r gets the r-th contiguous share of every batch.
 
-    An epoch has floor(n / batch_size) steps. Draws with odds count as steps too; a repeated image is augmented anew.
+    An epoch has floor(n / batch_size) steps, of train with ``data.subset`` r floor(r n / batch_size) (nas/order.py). Draws with
+    odds count as steps too; a repeated image is augmented anew.
     The test split is for reports: read it by ``Data.batches``.
     """
 
@@ -227,6 +206,7 @@ def from_loaders(
     test: DataLoader | None = None,
     classes: Sequence[str] | None = None,
     preprocess: dict[str, Any] | None = None,
+    **unknown: Any,
 ) -> Loaders:
     """A run's data from loaders of (x (B, C, H, W) float as the network wants it, y (B,) int64 or (B, N) float).
 
@@ -243,6 +223,9 @@ def from_loaders(
         )
         x, y, index = data.feed(seed=1, device="cpu")("valid")      # (10, 3, 8, 8), (10,), 0 .. 9
     """
+    for name in unknown:
+        own = " Your loaders draw what they will: give train a sampler that draws fewer." if name.startswith("subset") else ""
+        raise ValueError(f"from_loaders: {name!r} is unknown. Allowed: train, valid, select, test, classes, preprocess.{own}")
     given = {"train": train, "valid": valid, "select": select, "test": test}
     return Loaders({name: loader for name, loader in given.items() if loader is not None}, classes, preprocess)
 

@@ -1,4 +1,8 @@
-"""Losses and scores: pure functions of logits. ``B`` batch, ``N`` classes; every result is a scalar tensor."""
+"""Losses and scores: pure functions of logits. ``B`` batch, ``N`` classes; every result is a scalar tensor.
+
+Logits may hold M samples of the batch, (M B, N), one sample after the other (multi-sample dropout, nas/heads.py): labels and
+the logits that they are compared with are then repeated, so that a loss is the mean of the M losses.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +14,15 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def repeated(rows: Tensor, like: Tensor) -> Tensor:
+    """``rows`` (B, ..) as often as ``like`` (M B, ..) holds samples of them, (M B, ..); as they are for any other length."""
+    times, rest = divmod(len(like), len(rows) or 1)
+    return rows if rest or times < 2 else rows.repeat(times, *[1] * (rows.ndim - 1))
+
+
 class CrossEntropy:
-    """Cross-entropy of logits (B, N) with classes (B,) or soft labels (B, N), summed and divided by B.
+    """Cross-entropy of logits (B, N) with classes (B,) or soft labels (B, N), summed and divided by B; for logits (M B, N) the
+    mean of M.
 
     ``class_weights``: one factor a class. They scale each image's loss but not the divisor B (torch divides by the
     sum of the weights for classes (B,), by B for soft labels), so that a class and its one-hot row cost the same and
@@ -32,6 +43,7 @@ class CrossEntropy:
                 raise ValueError(f"class_weights: {len(self.weights)} for {logits.shape[1]} classes. Give one a class.")
             if self.weights.device != logits.device or self.weights.dtype != logits.dtype:
                 self.weights = self.weights.to(logits)  # once, not every step
+        y = repeated(y, logits)
         total = F.cross_entropy(logits, y, self.weights, reduction="sum", label_smoothing=self.label_smoothing)
         return total / len(logits)
 
@@ -40,13 +52,14 @@ def distillation(student: Tensor, teacher: Tensor, y: Tensor, lam: float, T: flo
     """Knowledge distillation: Dong & Yang, TAS, arXiv 1905.09717, equation (14), as released (the print swaps the two).
 
     ``student``, ``teacher``: logits (B, N); no gradient reaches the teacher. ``lam``: the share of the teacher, 0 to 1.
-    ``T``: temperature > 0. ``loss``: the loss of the labels ``y``.
+    ``T``: temperature > 0. ``loss``: the loss of the labels ``y``. Either of the two may hold several samples of the batch.
     """
     if not 0.0 <= lam <= 1.0 or not T > 0.0:
         raise ValueError(f"distillation: lam = {lam}, T = {T}. Allowed: lam from 0 to 1, T above 0.")
+    one, other = repeated(student, teacher), repeated(teacher, student)
     divergence = F.kl_div(
-        F.log_softmax(student / T, dim=1),
-        F.log_softmax(teacher.detach() / T, dim=1),
+        F.log_softmax(one / T, dim=1),
+        F.log_softmax(other.detach() / T, dim=1),
         reduction="batchmean",
         log_target=True,
     )  # KL(softmax(teacher/T) || softmax(student/T))
@@ -56,16 +69,19 @@ def distillation(student: Tensor, teacher: Tensor, y: Tensor, lam: float, T: flo
 def soft_cross_entropy(student: Tensor, teacher: Tensor, T: float = 1.0) -> Tensor:  # (B, N), (B, N) -> ()
     """T^2 CE(softmax(teacher / T), softmax(student / T)), the mean over the batch; no gradient reaches the teacher.
 
-    It exceeds KL(teacher || student) by the teacher's entropy, a constant: same gradient.
+    It exceeds KL(teacher || student) by the teacher's entropy, a constant: same gradient. Either of the two may hold several
+    samples of the batch.
     """
     if not T > 0.0:
         raise ValueError(f"soft_cross_entropy: T = {T}. Allowed: above 0.")
-    return T**2 * F.cross_entropy(student / T, F.softmax(teacher.detach() / T, dim=1))
+    one, other = repeated(student, teacher), repeated(teacher, student)
+    return T**2 * F.cross_entropy(one / T, F.softmax(other.detach() / T, dim=1))
 
 
 def top1(logits: Tensor, y: Tensor) -> Tensor:  # (B, N), (B,) or (B, N) -> ()
-    """The share of images whose largest logit is their class (for soft labels: their most probable class)."""
-    classes = y.argmax(dim=1) if y.ndim == 2 else y
+    """The share of images whose largest logit is their class (for soft labels: their most probable class); of several samples
+    of the batch the mean."""
+    classes = repeated(y.argmax(dim=1) if y.ndim == 2 else y, logits)
     return (logits.detach().argmax(dim=1) == classes).float().mean()
 
 

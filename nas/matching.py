@@ -42,13 +42,15 @@ def match(
     files: Mapping[str, Table], space: SearchSpace | None, key: str | None, columns: Mapping[str, str]
 ) -> tuple[dict[str, Arch], dict[str, Known]]:
     """Of all ``files``, "truth" first: the architectures by name, empty where nothing says what a name means; and of each file
-    its values by name. ``columns``: of the values, by file. ValueError where names cannot be found."""
+    its values by name. ``columns``: of the values, by file; a table may be there several times, for several of its columns.
+    ValueError where names cannot be found."""
     if key is None and space is None:
-        key = common_key(files["truth"], files["predictions"], list(columns.values()))
+        key = common_key(files["truth"], next(files[name] for name in files if name != "truth"), list(columns.values()))
     rows: dict[str, Rows] = {}
     for name, table in files.items():
         there = name == "truth" or space is None or all(part in table.columns for part in split(key))
-        rows[name] = named(table, space, key if there else None)
+        twin = next((rows[other] for other in rows if files[other] is table), None)
+        rows[name] = named(table, space, key if there else None) if twin is None else twin
     plain = next((name for name in rows if not rows[name].numbers), None)
     if plain is not None:
         for name in [name for name in rows if rows[name].numbers]:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from nas import health
 from nas.data import Data
 from nas.evaluate import Scores, score_archs
+from nas.importance import importances
 from nas.log import RunLog, RunLogs
 from nas.protocols import Moment, Strategy
 from nas.ranks import Ranks
@@ -30,16 +31,18 @@ class Picks:
     part of the checkpoint.
 
     ``gap``: read the accuracy of the mixture too, on the same images, where the strategy believes in one. ``derive``: False
-    reads three subnets instead. ``history``: what was read, one row a reading. ``warned``: kind -> "step" and "words" of its
-    first warning, which is not repeated, and "last", the latest step at which it held.
+    reads three subnets instead. ``called``: which supernet it is, in the log of a run that has several. ``history``: what was
+    read, one row a reading. ``warned``: kind -> "step" and "words" of its first warning, which is not repeated, and "last", the
+    latest step at which it held.
     """
 
     def __init__(
         self, space: SearchSpace, data: Data, device: torch.device, log: RunLogs, ranks: Ranks,
-        images: int | None = None, bn_images: int = 2000, gap: bool = True, derive: bool = True,
+        images: int | None = None, bn_images: int = 2000, gap: bool = True, derive: bool = True, called: str = "",
     ) -> None:  # fmt: skip
         self.space, self.data, self.device, self.log, self.ranks = space, data, device, log, ranks
         self.images, self.bn_images, self.gap, self.derive = images, bn_images, gap, derive
+        self.called = called
         self.best: dict[str, Any] | None = None  # {"arch", "metric", "step", "fits"}
         self.last: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
@@ -56,6 +59,7 @@ class Picks:
             for kind, words in fresh.items():
                 self.log.writer.add_text(f"health/warning/{kind}", words, now.step)
         self._draw(now.step, strategy.probabilities())
+        self._draw_importances(now.step, strategy)
 
     def look(self, step: int, steps: int, strategy: Strategy) -> tuple[dict[str, float], dict[str, str]]:
         """Reads what the strategy would derive after ``step``; sets ``last`` and ``best``. Returns the row that joins the
@@ -88,7 +92,7 @@ class Picks:
         fresh = {kind: words for kind, words in said.items() if kind not in self.warned}
         for kind, words in fresh.items():
             self.warned[kind] = {"step": step, "words": words}
-            _log.warning("health after step %d: %s", step + 1, words)
+            _log.warning("health%s after step %d: %s", f" of {self.called}" if self.called else "", step + 1, words)
         for kind in said:
             self.warned[kind]["last"] = step
         return fresh
@@ -145,6 +149,20 @@ class Picks:
         if rows:
             self.log.figure("alpha/heatmap", heatmap(rows, {n: self.space.root[n].options for n in rows}), step)
 
+    def _draw_importances(self, step: int, strategy: Strategy) -> None:
+        """What the next epoch is drawn by: p, one row for the choices that have the same, and N q, 1 for all where images are
+        drawn uniformly."""
+        paths, images = importances(strategy)
+        if paths is not None:
+            alike: dict[tuple[tuple[Any, ...], tuple[float, ...]], list[str]] = {}
+            for name, p in paths.p.items():
+                alike.setdefault((self.space.root[name].options, tuple(p)), []).append(name)
+            called = {key: names[0] + (f" and {len(names) - 1} more" if names[1:] else "") for key, names in alike.items()}
+            rows, options = {called[key]: key[1] for key in alike}, {called[key]: key[0] for key in alike}
+            self.log.figure("importance/path", heatmap(rows, options, "p"), step)
+        if images is not None and images.odds is not None:
+            self.log.histogram("importance/data", images.images * images.odds, step)
+
 
 def three(space: SearchSpace) -> dict[str, Arch]:
     """The smallest, the middle and the largest architecture. Middle: every open choice at the middle of its options, of an
@@ -153,7 +171,7 @@ def three(space: SearchSpace) -> dict[str, Arch]:
     return {"smallest": space.smallest(), "middle": middle.largest(), "largest": space.largest()}
 
 
-def heatmap(rows: Mapping[str, Sequence[float]], options: Mapping[str, Sequence[Any]]) -> Figure:
+def heatmap(rows: Mapping[str, Sequence[float]], options: Mapping[str, Sequence[Any]], label: str = "softmax(alpha)") -> Figure:
     """Probabilities: one row a choice, one cell an option, the option written in it."""
     widest = max(len(row) for row in rows.values())
     cells = [list(row) + [float("nan")] * (widest - len(row)) for row in rows.values()]
@@ -165,5 +183,5 @@ def heatmap(rows: Mapping[str, Sequence[float]], options: Mapping[str, Sequence[
     for y, (name, row) in enumerate(rows.items()):
         for x, p in enumerate(row):
             axes.text(x, y, str(options[name][x]), ha="center", va="center", fontsize=6, color="black" if p > 0.6 else "white")
-    figure.colorbar(image, label="softmax(alpha)")
+    figure.colorbar(image, label=label)
     return figure

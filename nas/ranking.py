@@ -1,5 +1,7 @@
 """How well predictions rank architectures: Kendall's tau-b, Spearman's rho, top-k overlap and regret, with intervals.
 
+Equal n and seed are resampled alike: intervals of several rankers, and of their differences, are paired.
+
 ``p`` are predictions and ``t`` truths of the same ``n`` architectures, (n,) each, finite; higher is better in both. Tied
 values have no order: tau-b discounts them, rho gives them their mean rank, a predicted top k is an expectation over their
 random order, and a true top k holds all that tie with its last.
@@ -7,8 +9,9 @@ random order, and a true top k holds all that tie with its last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +20,8 @@ from scipy import stats
 Measure = Callable[[np.ndarray, np.ndarray], float]
 LEVEL = 0.9  # of the bootstrap intervals
 FEWEST = 3  # architectures that a ranking needs
+Seed = int | Sequence[int]
+_PAIRWISE = 1000  # architectures up to which a matrix of all pairs is faster than a sort for every resample
 
 
 class Estimate(NamedTuple):
@@ -111,20 +116,37 @@ def statistics(p: np.ndarray, t: np.ndarray, top: int = 10, seed: int = 1, round
         ("tenth_overlap", partial(overlap, k=tenth), everyone, tenth),
         ("tenth_regret", partial(regret, k=tenth), everyone, tenth),
     ]
-    ends = intervals([measure for _, measure, _, _ in rows], p, t, seed, rounds or (1000 if n <= 5000 else 200))
+    bounds = intervals([measure for _, measure, _, _ in rows], p, t, seed, rounds or rounds_of(n))
     found = {}
-    for (name, measure, within, size), (low, high) in zip(rows, ends):
+    for (name, measure, within, size), (low, high) in zip(rows, bounds):
         value = measure(p, t)
-        notes = [_note(p[within], t[within], value)]
-        if math.isnan(low) and not math.isnan(value):
-            notes.append("no interval: most resamples have no spread")
+        notes = [note(p[within], t[within], value), unsure(value, low)]
         if size == k < top:
             notes.append(f"the top {top} are all {n}")
         found[name] = Estimate(value, low, high, int(within.sum()), size, "; ".join(filter(None, notes)))
     return found
 
 
-def _note(p: np.ndarray, t: np.ndarray, value: float) -> str:
+def differences(
+    rankers: Mapping[str, np.ndarray], t: np.ndarray, seed: Seed = 1, rounds: int | None = None
+) -> dict[tuple[str, str], Estimate]:
+    """(a, b) -> tau-b of ranker a less that of b, which comes later: on the same resamples, those of ``statistics``."""
+    taus = resampled_taus(list(rankers.values()), t, seed, rounds or rounds_of(len(t)))
+    values = {name: kendall(p, t) for name, p in rankers.items()}
+    found = {}
+    for (i, a), (j, b) in combinations(enumerate(rankers), 2):
+        value, (low, high) = values[a] - values[b], ends(taus[:, i] - taus[:, j])
+        odd = "; ".join(f"{name}: {said}" for name in (a, b) if (said := note(rankers[name], t, values[name])))
+        found[a, b] = Estimate(value, low, high, len(t), note=odd or unsure(value, low))
+    return found
+
+
+def unsure(value: float, low: float) -> str:
+    """What to say of a ``value`` whose interval begins at ``low``; "" where it has one, or where there is no value."""
+    return "no interval: most resamples have no spread" if math.isnan(low) and not math.isnan(value) else ""
+
+
+def note(p: np.ndarray, t: np.ndarray, value: float) -> str:
     """What keeps a statistic of ``p`` and ``t`` from saying anything; "" where nothing does."""
     if len(p) == 1:
         return "one architecture has no order" if math.isnan(value) else ""
@@ -132,21 +154,52 @@ def _note(p: np.ndarray, t: np.ndarray, value: float) -> str:
     return equal and f"all {equal} are equal" + ("" if math.isnan(value) else ": no more than chance")
 
 
-def intervals(measures: list[Measure], p: np.ndarray, t: np.ndarray, seed: int, rounds: int) -> list[tuple[float, float]]:
-    """Percentile bootstrap: the ends that hold ``LEVEL`` of the values in resamples of the n pairs with replacement.
+def rounds_of(n: int) -> int:
+    """Resamples behind an interval of ``n`` architectures."""
+    return 1000 if n <= 5000 else 200
 
-    All measures see the same resamples, and so do calls of equal n and seed. Resamples without spread are left out;
-    nan where they are more than half.
-    """
+
+def resamples(n: int, seed: Seed, rounds: int) -> Iterator[np.ndarray]:
+    """``rounds`` draws (n,) of n positions with replacement."""
     rng = np.random.default_rng(seed)
-    values = np.empty((rounds, len(measures)))
-    for row in values:
-        at = rng.integers(len(p), size=len(p))
-        x, y = p[at], t[at]
-        row[:] = [measure(x, y) for measure in measures]
-    ends = []
-    for column in values.T:
-        kept = column[~np.isnan(column)]
-        low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if 2 * len(kept) >= rounds else (math.nan, math.nan)
-        ends.append((float(low), float(high)))
-    return ends
+    for _ in range(rounds):
+        yield rng.integers(n, size=n)
+
+
+def intervals(measures: list[Measure], p: np.ndarray, t: np.ndarray, seed: Seed, rounds: int) -> list[tuple[float, float]]:
+    """``ends`` of every measure in resamples of the n pairs with replacement (percentile bootstrap).
+
+    All measures see the same resamples, and so do calls of equal n and seed.
+    """
+    values = [[measure(p[at], t[at]) for measure in measures] for at in resamples(len(p), seed, rounds)]
+    return [ends(column) for column in np.array(values).T]
+
+
+def ends(values: np.ndarray) -> tuple[float, float]:
+    """What holds ``LEVEL`` of the ``values`` (rounds,) of resamples. Those without spread, nan, are left out; nan where they
+    are more than half."""
+    kept = values[~np.isnan(values)]
+    if 2 * len(kept) < len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def resampled_taus(ps: Sequence[np.ndarray], t: np.ndarray, seed: Seed, rounds: int) -> np.ndarray:
+    """(rounds, len(ps)): tau-b of every one of ``ps`` (n,) against ``t`` (n,) in the same resamples; nan where either has no
+    spread."""
+    n = len(t)
+    if n > _PAIRWISE:
+        return np.array([[kendall(p[at], t[at]) for p in ps] for at in resamples(n, seed, rounds)])
+    times = np.array([np.bincount(at, minlength=n) for at in resamples(n, seed, rounds)], dtype=float)  # (rounds, n)
+
+    def pairs(signs: np.ndarray) -> np.ndarray:  # (n, n) -> (rounds,): their sum over a resample's ordered pairs, exactly
+        return ((times @ signs) * times).sum(1)
+
+    order = np.sign(np.subtract.outer(t, t)).astype(float)
+    untied, found = pairs(np.abs(order)), np.empty((rounds, len(ps)))
+    for column, p in zip(found.T, ps):
+        mine = np.sign(np.subtract.outer(p, p)).astype(float)
+        both = pairs(np.abs(mine)) * untied
+        column[:] = np.where(both > 0, pairs(mine * order) / np.sqrt(np.maximum(both, 1)), math.nan)
+    return found

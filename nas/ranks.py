@@ -157,6 +157,15 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         _unflatten(flat, group)
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, side by side along the last dimension, in the order of the ranks."""
+    if not active():
+        return tensor
+    found = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(found, tensor.contiguous(), group=_team)
+    return torch.cat(found, dim=-1)
+
+
 def anywhere(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Position by position: is the flag set on any rank? ``device`` is one that the process group can use."""
     if not active():

@@ -22,9 +22,11 @@ from torch import nn
 from nas.bilevel import Weights
 from nas.data import Data
 from nas.explain import explain, keys_of, section_of
+from nas.heads import Head
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.protocols import Searcher, Strategy
+from nas.rank_recipe import Rank
 from nas.splits.split import Split
 from nas.strategies.plain import Plain
 from search_spaces.space import SearchSpace
@@ -33,11 +35,20 @@ SHIPPED = Path(__file__).parent / "recipes"
 RUN_KEYS = ("out", "resume", "dry_run", "max_time", "init", "json", "debug", "device", "teacher", "config")
 """How a run is executed, not what it computes: left out of what a resumed run must share with the run it continues."""
 COUNTS = ("epochs", "evaluate.every", "evaluate.images", "evaluate.bn_images", "evaluate_every", "log_every", "threads",
-          "bn_images", "select.evaluations", "select.images", "select.bn_images")  # fmt: skip
+          "bn_images", "select.evaluations", "select.images", "select.bn_images", "rank.every", "rank.images",
+          "rank.bn_images")  # fmt: skip
 
 
 class UsageError(ValueError):
     """Bad usage or bad input: one line for the user, exit code 2."""
+
+
+class Parser(ArgumentParser):
+    """Options by their whole names, within classes too (jsonargparse makes their parsers of this class). Part of a name is
+    none: what it stood for would change with the next option."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **{"allow_abbrev": False, "exit_on_error": False, **named})
 
 
 def add_run_options(parser: ArgumentParser, resume: bool = True) -> None:
@@ -59,7 +70,7 @@ def add_run_options(parser: ArgumentParser, resume: bool = True) -> None:
 
 def search_parser() -> ArgumentParser:
     """What a search recipe may say."""
-    parser = ArgumentParser(prog="nas search", exit_on_error=False, description="train a supernet, pick an architecture")
+    parser = Parser(prog="nas search", description="train a supernet, pick an architecture")
     parser.add_subclass_arguments(SearchSpace, "space", required=False)
     parser.add_subclass_arguments(nn.Module, "supernet", required=False, skip={"space", "channels", "classes"})
     parser.add_argument("--strategy", type=Strategy | None, default=None)
@@ -74,6 +85,7 @@ def search_parser() -> ArgumentParser:
     parser.add_argument("--tie", type=dict[str, Any], default={}, help="pattern -> {leader: NAME, values: {its option: own}}")
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(CrossEntropy, "loss")
+    parser.add_class_arguments(Head, "head")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--evaluate.every", type=int, default=1, help="epochs between readings of the derived architecture")
     parser.add_argument("--evaluate.images", type=int | None, default=None, help="images of the select split; default all")
@@ -83,6 +95,7 @@ def search_parser() -> ArgumentParser:
                         help="random networks, trained alone at equal cost and compared with the found one; 0: none")
     parser.add_argument("--beside.weights", type=Weights | None, default=None,
                         help="how each of them is trained; default: as the strategy trains its own weights")
+    parser.add_class_arguments(Rank, "rank")
     parser.add_argument("--retrain", type=dict[str, Any], default={}, help="what nas retrain does with the result")
     parser.add_argument("--init", type=str | None, default=None, help="weights.safetensors into the largest network")
     add_run_options(parser)
@@ -91,12 +104,13 @@ def search_parser() -> ArgumentParser:
 
 def retrain_parser() -> ArgumentParser:
     """What retraining may say; ``nas retrain`` fills it from the bundle's own recipe first."""
-    parser = ArgumentParser(prog="nas retrain", exit_on_error=False, description="train a bundle's plain network")
+    parser = Parser(prog="nas retrain", description="train a bundle's plain network")
     parser.add_argument("--from", dest="weights", default="scratch", help="scratch or inherited")
     parser.add_argument("--teacher", type=str | None, default=None, help="bundle of the teacher (knowledge distillation)")
     parser.add_class_arguments(Plain, "plain")
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(CrossEntropy, "loss")
+    parser.add_class_arguments(Head, "head")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--evaluate_every", "--evaluate-every", type=int, default=1, help="epochs between readings")
     add_run_options(parser)
@@ -105,7 +119,7 @@ def retrain_parser() -> ArgumentParser:
 
 def data_parser(prog: str) -> ArgumentParser:
     """The data options alone, for verbs that only read."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser = Parser(prog=prog)
     parser.add_class_arguments(Data, "data")
     return parser
 

@@ -45,11 +45,11 @@ def write_whole(path: Path, text: str) -> None:
 
 def report(
     built: Built, picks: Picks, pick: Mapping[str, Any], config: Mapping[str, Any], folder: Path,
-    random: Mapping[str, Any] | None = None, splits: str = "",
+    random: Mapping[str, Any] | None = None, splits: str = "", ranking: str = "",
 ) -> str:  # fmt: skip
     """The report of a finished search in ``folder``. ``pick``: the one of ``picks`` that arch.json holds. ``random``: what
     ``nas.beside.compare`` found, where it was asked. ``splits``: what is to be said of several supernets; ``picks`` are then
-    those of the one that serves ``pick``."""
+    those of the one that serves ``pick``. ``ranking``: of known architectures, as the training went on."""
     parts = [
         f"# Search: {folder.name}",
         _asked(built, config),
@@ -62,6 +62,8 @@ def report(
         parts.append("## Health\n\n" + health_table(picks.history) + "\n\n" + warned)
     else:
         parts.append("## Subnets\n\n" + health_table(picks.history) + ("\n\n" + warned if picks.warned else ""))
+    if ranking:
+        parts.append("## Ranking\n\n" + ranking)
     if random is not None:
         parts.append("## Random search at equal cost\n\n" + comparison(random))
     return "\n\n".join([*parts, "## Go on\n\n" + _go_on(config, folder, random, _reached(built))]) + "\n"
@@ -212,7 +214,7 @@ def _go_on(config: Mapping[str, Any], folder: Path, random: Mapping[str, Any] | 
         return "    found.bundle('my-bundle')    # in the script that searched: the plain network\n    nas retrain my-bundle"
     run, bundle = (shlex.quote(str(path)) for path in (folder, folder / "bundle"))
     lines = [f"nas extract {run}", f"nas retrain {bundle}", f"nas rank {run} --truth TABLE.csv --value COLUMN"]
-    if config.get("searcher"):
+    if config.get("searcher") or (config.get("split") or {}).get("at"):
         lines.append(f"nas select {run} --macs-at-most {share}")
     if random is not None:
         best = shlex.quote(str(folder / "random-bundle"))

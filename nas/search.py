@@ -26,14 +26,18 @@ from nas import ranks
 from nas.beside import NONE, Beside, compare, words
 from nas.build import Built, arch_file, device_of, gather
 from nas.bundle import prove, write_bundle
+from nas.checkpoint import Stateful
 from nas.data import Data
-from nas.engine import Outcome, seed_from, signals
+from nas.engine import Act, Outcome, seed_from, signals
 from nas.evaluate import score_plain, statistics_of
 from nas.feed import Loaders
+from nas.importance import importances
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.picks import Picks
 from nas.protocols import Searcher, Strategy
+from nas.rank_during import RankJudge, known_truth
+from nas.rank_recipe import UNRANKED, Rank
 from nas.recalibrate import install
 from nas.report import against_budget, report, settings, write_whole
 from nas.run import Run
@@ -68,13 +72,14 @@ def search(
     data: Data | Loaders, net: Any, strategy: Strategy, *, epochs: int, out: str | Path, seed: int = 1,
     device: str = "auto", loss: CrossEntropy | None = None, resume: str = "auto", every: int = 1, gap: bool = True,
     beside: int = 0, searcher: Searcher | None = None, limits: Select | None = None, split: Split | None = None,
+    rank: Rank = UNRANKED,
 ) -> Found:  # fmt: skip
     """``nas search`` for objects of your own: trains ``net`` over ``net.space`` in the run folder ``out``.
 
     ``net``: a Supernet, trained from the weights it has. ``every``: epochs between readings of the derived architecture,
     with ``gap`` of the mixture too. ``beside``: random networks to train at equal cost afterwards (nas/beside.py).
     ``searcher``: picks within ``limits`` when the training is over; default: what the strategy derives. ``split``: how the
-    supernet becomes several (nas/splits).
+    supernet becomes several (nas/splits). ``rank``: known accuracies that its own are compared with on the way.
     ``resume``: "auto" goes on where a killed run of ``out`` stopped. Ctrl-C and SIGTERM save, then raise SystemExit.
     Raises ValueError where the parts do not fit, before a folder is made.
     """
@@ -85,15 +90,16 @@ def search(
     # Loaders answers what Data does; only recipes build Data from arguments.
     built = gather(cast(Data, data), net.to(place), strategy, loss or CrossEntropy(), epochs=epochs, seed=seed,
                    device=place, group=group, searcher=searcher, select=limits, split=split)  # fmt: skip
-    rehearse(built, Beside(beside))
+    rehearse(built, Beside(beside), rank)
     space = {"name": net.space.name, "args": net.space.args}
     values = json.loads(json.dumps(vars(strategy), default=str))
+    ranked = {} if rank.truth is None else {"rank": repr(rank)}
     config = {"python": {"space": space, "strategy": {type(strategy).__qualname__: values}, "data": data.describe(),
-                         "searcher": searcher and settings(searcher), "limits": repr(limits), "split": repr(split)},
+                         "searcher": searcher and settings(searcher), "limits": repr(limits), "split": repr(split), **ranked},
               "epochs": epochs, "seed": seed, "every": every, "gap": gap}  # fmt: skip
     run = Run(out, config, device=place, ranks=group, resume=resume)
     try:
-        ended = train(built, run, config, seed=seed, every=every, gap=gap, beside=Beside(beside))
+        ended = train(built, run, config, seed=seed, every=every, gap=gap, beside=Beside(beside), rank=rank)
     finally:
         run.close()
     if ended.outcome.reason != "done":
@@ -104,12 +110,18 @@ def search(
     return Found(run.folder, read_arch(path), built, config, random)
 
 
-def rehearse(built: Built, beside: Beside) -> None:
+def rehearse(built: Built, beside: Beside, rank: Rank = UNRANKED) -> None:
     """ValueError for what does not fit, before a folder is made: the strategy's budget, the searcher's limits, a split that
-    picks would read, more random networks than there are steps for them, splits of the supernet."""
+    picks would read, more random networks than there are steps for them, splits of the supernet, known accuracies."""
     built.data.reads("select")
+    if rank.truth is not None:
+        if built.split is not None:
+            raise ValueError(f"rank.truth = {rank.truth}: a run with splits is ranked when it has all its supernets, by nas "
+                             "rank RUN --truth. Leave one of the two out.")  # fmt: skip
+        known_truth(rank, built)
     strategy = copy.copy(built.strategy)
     strategy.start(built.setup)
+    _drawable(built, strategy)
     if built.split is not None:
         if beside.networks:
             raise ValueError(f"beside.random = {beside.networks}: what a run with splits costs is not known before its end. "
@@ -118,6 +130,19 @@ def rehearse(built: Built, beside: Beside) -> None:
     if built.searcher is not None:
         prepare(built, copy.copy(built.searcher), built.select)
     beside.length(built, strategy)
+
+
+def _drawable(built: Built, strategy: Strategy) -> None:
+    """ValueError where images are to be drawn by importance and cannot be, or would starve."""
+    images = importances(strategy)[1]
+    if images is None or images.options is None:
+        return
+    if isinstance(built.data, Loaders):
+        raise ValueError("images drawn by importance: your own loaders keep an order of their own. Use nas.data.from_dataset, "
+                         "or leave it out (PA&DA: data: false; others: images: null).")  # fmt: skip
+    if built.data.subset is not None and built.data.subset < 1 and not images.options.carry:
+        raise ValueError(f"data.subset = {built.data.subset}: an epoch meets few of the images, and those that it does not "
+                         "meet would hardly be drawn again. Set carry: true, which keeps their importance, or leave one out.")
 
 
 class Ended(NamedTuple):
@@ -130,12 +155,13 @@ class Ended(NamedTuple):
 
 def train(
     built: Built, run: Run, config: Mapping[str, Any], *, seed: int, every: int = 1, images: int | None = None,
-    bn_images: int = 2000, gap: bool = True, beside: Beside = NONE, max_time: float | None = None,
+    bn_images: int = 2000, gap: bool = True, beside: Beside = NONE, rank: Rank = UNRANKED,
+    max_time: float | None = None,
 ) -> Ended:  # fmt: skip
     """Trains in the folder of ``run``, writes arch.json and report.md; then ``beside``, random.json and the report anew.
 
     ``every``: epochs between readings on ``images`` of the select split, after ``bn_images`` recalibrated batch norms;
-    ``gap``: of the mixture too. ``max_time``: seconds for all of it.
+    ``gap``: of the mixture too. ``rank``: what else is read on the way. ``max_time``: seconds for all of it.
     """
     if built.split is not None:
         return _grown(built, run, config, seed, grow.Reading(every, images, bn_images, gap), max_time)
@@ -145,16 +171,25 @@ def train(
     feed = built.data.feed(seed, built.device, built.ranks.rank, built.ranks.world)
     picks = Picks(built.space, built.data, built.device, run.log, built.ranks, images, bn_images, gap,
                   derive=built.searcher is None)  # fmt: skip
-    acts = [(every * built.setup.epoch_steps, picks)]
-    outcome = run.fit(built.strategy, built.setup, feed, seed=seed, every=acts, max_time=max_time, keep={"picks": picks})
+    acts: list[tuple[int, Act]] = [(every * built.setup.epoch_steps, picks)]
+    keep: dict[str, Stateful] = {"picks": picks}
+    judge = None
+    if rank.truth is not None and built.ranks.main:
+        judge = keep["rank"] = RankJudge(rank, built, run.log)
+        acts += judge.acts
+    outcome = run.fit(built.strategy, built.setup, feed, seed=seed, every=acts, max_time=max_time, keep=keep)
     if outcome.reason != "done":
         return _stop(built, run, outcome, "")
+    ranking = judge.conclude(run.folder) if judge else ""
     chosen, reason = None, ""
     if built.ranks.main and built.searcher is not None:
         picked = _select(built, built.searcher, config, run.folder, _left(max_time, began))
-        chosen, reason = (None, picked) if isinstance(picked, str) else (_picked(built, picks, config, run.folder, picked), "")
+        if isinstance(picked, str):
+            reason = picked
+        else:
+            chosen = _picked(built, picks, config, run.folder, picked, ranking=ranking)
     elif built.ranks.main:
-        chosen = conclude(built, picks, config, run.folder)
+        chosen = conclude(built, picks, config, run.folder, ranking)
     if beside.networks and built.searcher is not None:
         reason = ranks.share(reason)
     if reason:
@@ -169,7 +204,7 @@ def train(
         return _stop(built, run, outcome, " of random search")._replace(path=path)
     if random and chosen:
         write_whole(run.folder / "random.json", json.dumps(random, indent=2) + "\n")
-        _report(built, picks, config, run.folder, chosen, random)
+        _report(built, picks, config, run.folder, chosen, random, ranking=ranking)
         _log.info("random.json: %s", words(random))
     return Ended(outcome, path, random)
 
@@ -233,7 +268,7 @@ def stopped(run: Run, outcome: Outcome) -> dict[str, Any]:
     return {"run": str(run.folder), "stopped": outcome.reason, "step": outcome.step}
 
 
-def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, ranking: str = "") -> dict[str, Any]:
     """Writes arch.json (the last architecture, as published; the best one where the last misses the budget),
     arch-best.json and report.md. Returns what arch.json holds: {"arch", "metric", "fits", ...}."""
     if picks.last is None or picks.last["step"] != built.setup.steps - 1:
@@ -252,7 +287,7 @@ def conclude(built: Built, picks: Picks, config: Mapping[str, Any], folder: Path
     file = _write(built, chosen, config, folder / "arch.json")
     if best is not None:
         _write(built, best, config, folder / "arch-best.json")
-    _report(built, picks, config, folder, chosen)
+    _report(built, picks, config, folder, chosen, ranking=ranking)
     _say(built, file, chosen)
     return chosen
 
@@ -271,7 +306,8 @@ def _select(built: Built, searcher: Searcher, config: Mapping[str, Any], folder:
 
 
 def _picked(
-    built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, found: Picked, splits: str = ""
+    built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, found: Picked, splits: str = "",
+    ranking: str = "",
 ) -> dict[str, Any]:
     """Writes arch.json, pareto.csv, pareto.png and report.md for what a searcher picked; what ``conclude`` returns."""
     end = built.setup.steps - 1
@@ -282,7 +318,7 @@ def _picked(
     arch = found.best.arch
     chosen = {"arch": arch, "metric": file.metrics["top1"], "step": end, "fits": built.trained.fits(arch), **found.said,
               "front": found.front}  # fmt: skip
-    _report(built, picks, config, folder, chosen, splits=splits)
+    _report(built, picks, config, folder, chosen, splits=splits, ranking=ranking)
     _log.info("%s scored %d subnets, %d of them now; %d are on the front", found.said["searcher"], found.asked, found.fresh,
               len(found.front))  # fmt: skip
     _say(built, file, chosen)
@@ -293,11 +329,13 @@ def _say(built: Built, file: ArchFile, chosen: Mapping[str, Any]) -> None:
     """arch.json in one line, and in another what it costs beside the strategy's budget."""
     full = built.prices(built.space.root.largest())
     norms = ", recalibrated batch norm" if any(isinstance(module, Normalise) for module in built.net.modules()) else ""
+    serves = (f"weights of {built.tree.server(chosen['arch']).called}" if isinstance(built.tree, Tree)
+              else "supernet's weights")  # fmt: skip
     _log.info("arch.json: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images, "
-              "in the supernet's weights%s", f"{file.costs['macs']:,}",
+              "in the %s%s", f"{file.costs['macs']:,}",
               100 * file.costs["macs"] / full["macs"], f"{file.costs['params']:,}",
               100 * file.costs["params"] / full["params"], chosen["metric"]["split"], chosen["metric"]["value"],
-              chosen["metric"]["n"], norms)  # fmt: skip
+              chosen["metric"]["n"], serves, norms)  # fmt: skip
     if built.budget is not None:
         _log.info("%s", against_budget(built.budget, chosen["arch"]))
 
@@ -310,9 +348,9 @@ def _write(built: Built, pick: Mapping[str, Any], config: Mapping[str, Any], pat
 
 def _report(
     built: Built, picks: Picks, config: Mapping[str, Any], folder: Path, chosen: Mapping[str, Any],
-    random: Mapping[str, Any] | None = None, splits: str = "",
+    random: Mapping[str, Any] | None = None, splits: str = "", ranking: str = "",
 ) -> None:  # fmt: skip
-    write_whole(folder / "report.md", report(built, picks, chosen, config, folder, random, splits))
+    write_whole(folder / "report.md", report(built, picks, chosen, config, folder, random, splits, ranking))
 
 
 def bundle(

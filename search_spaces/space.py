@@ -195,9 +195,17 @@ class SearchSpace:
         live = self.counting(arch)
         return {c.name: arch[c.name] if c.name in live else c.options[0] for c in self.root.choices}
 
+    def normal(self, arch: Mapping[str, Value]) -> Arch:
+        """Of the architectures that compute the same function when trained alone, and that shared weights can serve alike, the
+        one that serves them all; canonical, of the root. In most families the canonical ``arch`` itself.
+
+        A supernet runs it in the place of ``arch``; equal ``key``s follow.
+        """
+        return self.canonical(arch)
+
     def key(self, arch: Mapping[str, Value]) -> Hashable:
-        """Equal for architectures whose canonical forms are equal, in a space and all its restrictions."""
-        return tuple(self.canonical(arch).values())
+        """Equal for architectures whose normal forms are equal, in a space and all its restrictions."""
+        return tuple(self.normal(arch).values())
 
     def text(self, arch: Mapping[str, Value]) -> str:
         """One line that ``parse`` reads back: name=value,name=value of the canonical architecture."""

@@ -47,8 +47,9 @@ class Tapped(Protocol):
 class TrainingForm(nn.Module):
     """``network``, the plain network, whose graph takes the strength of drop path beside x, and its auxiliary head.
 
-    ``forward(x, drop)``: in training with a head the logits of both, (2, B, N); else those of the network, (B, N). The keys
-    and weights of ``network`` are those of the plain network without either.
+    ``forward(x, drop)``: in training with a head the logits of both, (2, B, N); else those of the network, (B, N). Where the
+    network answers M samples of the batch, (M B, N), the head's logits are repeated, (2, M B, N). The keys and weights of
+    ``network`` are those of the plain network without either.
     """
 
     def __init__(self, network: fx.GraphModule, head: nn.Module | None) -> None:
@@ -59,7 +60,8 @@ class TrainingForm(nn.Module):
         logits, features = self.network(x, drop)
         if self.head is None or not self.training:
             return logits
-        return torch.stack([logits, self.head(features)])
+        beside = self.head(features)
+        return torch.stack([logits, beside.repeat(len(logits) // len(beside), 1)])
 
 
 class _LeafTracer(fx.Tracer):

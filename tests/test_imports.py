@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("search_spaces", "supernets", "nas")
 OURS = (*PACKAGES, "tests")
-STRATEGY_MAY = ("nas.alpha", "nas.bilevel", "nas.bins", "nas.budget", "nas.cost", "nas.descent", "nas.divergence",
-                "nas.losses", "nas.optimizers", "nas.protocols", "nas.scales", "nas.schedules", "search_spaces",
-                "torch")  # fmt: skip
-SHARED = ("nas.bilevel", "nas.divergence", "nas.schedules")
+STRATEGY_MAY = ("nas.alpha", "nas.balance", "nas.bilevel", "nas.bins", "nas.budget", "nas.cost", "nas.descent",
+                "nas.divergence", "nas.importance", "nas.losses", "nas.optimizers", "nas.protocols", "nas.scales",
+                "nas.schedules", "search_spaces", "torch")  # fmt: skip
+SHARED = ("nas.balance", "nas.bilevel", "nas.divergence", "nas.schedules")
+IMPORTANCE_MAY = ("numpy", "nas.losses", "nas.protocols", "nas.ranks", "search_spaces", "torch")
 BINS_MAY = ("numpy", "nas.budget", "nas.cost", "nas.searchers.genes", "search_spaces", "torch")
 SEARCHER_MAY = ("nas.cost", "nas.protocols", "nas.searchers", "search_spaces", "numpy", "torch")
 
@@ -47,6 +48,8 @@ def allowed(module: str, name: str) -> bool:
         return standard or within(name, *STRATEGY_MAY)
     if module == "nas.bins":  # it draws architectures of a cost
         return standard or within(name, *BINS_MAY)
+    if module == "nas.importance":  # it gathers what ranks have seen
+        return standard or within(name, *IMPORTANCE_MAY)
     if within(module, "nas.searchers"):  # codes in, codes out
         return standard or within(name, *SEARCHER_MAY)
     if module in ("nas.select", "nas.limits", "nas.scores", "nas.front"):  # serve every strategy and searcher, none by name

@@ -17,7 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class Job(NamedTuple):
 
     contestant: Contestant
     seed: int
-    passes: int
+    passes: float
     epochs: int
     image_passes: int
     folder: Path
@@ -290,17 +290,52 @@ def picture(kind: str, figures: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m nas.benchmarks.quality", description=__doc__,
+# -- command line -------------------------------------------------------------------------------------------------------
+
+
+def program(
+    parser: argparse.ArgumentParser, compete: Callable[[argparse.Namespace, list[str]], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str], picture: Callable[[dict[str, Any], Path], None], argv: Sequence[str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The end of a comparison's command line: what ``compete`` makes of the options and of the recipe overrides behind them is
+    printed, and drawn and written where that is asked for. Nothing where there are no figures (--estimate)."""
+    parser.add_argument("--picture", type=Path, help="draw the figures there (.png)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args, overrides = parser.parse_known_args(argv)
+    figures = compete(args, overrides)
+    if figures:
+        print(markdown(figures))
+        if args.picture:
+            picture(figures, args.picture)
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def command_line(module: str, doc: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of every comparison. ``names``: of the contestants."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("kind", choices=(*LOOKED_UP, "widths"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", help=f"contestants, by a part of their names: {'; '.join(names)}")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    return parser
+
+
+def _compared(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    if args.kind in LOOKED_UP and args.table is None:
+        raise SystemExit(f"{args.kind} needs --table: a CSV with the accuracies of the whole space")
+    return {"kind": args.kind, "passes": args.passes, "overrides": overrides,
+            **(by_table if args.kind in LOOKED_UP else widths)(args, overrides)}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = command_line("nas.benchmarks.quality", __doc__, (c.name for c in (*CELLS, *MACRO, *WIDTHS)))
+    parser.add_argument("kind", choices=(*LOOKED_UP, "widths"))
     parser.add_argument("--passes", type=int, default=250_000, help="image-passes a run")
     parser.add_argument("--images", type=int, default=5_000, help="in the training split, for counting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", help="contestants, by a part of their names")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--table", type=Path, help="cells, macro: CSV with the accuracies of the whole space")
     parser.add_argument("--column", help="cells, macro: its column")
     parser.add_argument("--C", type=int, default=8, help="cells: channels of the first stage")
@@ -308,19 +343,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--target", type=float, default=50.0, help="widths: budget, %% of the MACs of the largest")
     parser.add_argument("--alpha-lr", type=float, help="Adam's rate on the alphas (widths: 0.02; else as in the recipes)")
     parser.add_argument("--alone", type=int, default=20, help="widths: epochs of training from scratch")
-    parser.add_argument("--picture", type=Path, help="draw the figures there (.png)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    args, overrides = parser.parse_known_args(argv)
-    if args.kind in LOOKED_UP and args.table is None:
-        parser.error(f"{args.kind} needs --table: a CSV with the accuracies of the whole space")
-    figures = {"kind": args.kind, "passes": args.passes, "overrides": overrides,
-               **(by_table if args.kind in LOOKED_UP else widths)(args, overrides)}  # fmt: skip
-    print(markdown(args.kind, figures))
-    if args.picture:
-        picture(args.kind, figures, args.picture)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+    return program(parser, _compared, lambda found: markdown(found["kind"], found),
+                   lambda found, path: picture(found["kind"], found, path), argv)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nas.benchmarks.quality import ARGS, Contestant, chosen, execute, in_parallel, slug
+from nas.benchmarks.quality import ARGS, Contestant, chosen, command_line, execute, in_parallel, program, slug
 from nas.benchmarks.quality_once_alone import alone
 from nas.benchmarks.quality_once_report import markdown, picture, summary
 from nas.benchmarks.quality_once_run import CURVE, Contest, Meter
@@ -236,15 +236,11 @@ def compete(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m nas.benchmarks.quality_once", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser = command_line("nas.benchmarks.quality_once", __doc__, (c.name for c in ONCE))
     parser.add_argument("--budget", type=float, default=2.5e12, help="MACs x images a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", help="contestants, by a part of their names")
     parser.add_argument("--estimate", action="store_true", help="print what would run and for how long, and leave")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--width", type=float, default=0.35, help="of the space")
     parser.add_argument("--kernel", type=int, default=7, help="of all blocks")
     parser.add_argument("--size", type=int, default=16, help="height and width of the images")
@@ -255,17 +251,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--alone", action="store_true", help="train three networks of the best supernet alone, too")
     parser.add_argument("--tune-epochs", type=int, default=2, help="--alone: of fine-tuning")
     parser.add_argument("--tune-rate", type=float, default=0.1, help="--alone: rate of fine-tuning, of the supernet's")
-    parser.add_argument("--picture", type=Path, help="draw the figures there (.png)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    args, overrides = parser.parse_known_args(argv)
-    figures = compete(args, overrides)
-    if figures:
-        print(markdown(figures))
-        if args.picture:
-            picture(figures, args.picture)
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+    return program(parser, compete, markdown, picture, argv)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
 from nas.build import data_of, device_of, rebuild
 from nas.bundle import load_bundle
-from nas.commands.extract import arch_of, divided, load_source
+from nas.commands.extract import arch_of, divided, load_source, served_by
 from nas.commands.retrain import recipe_in, same_task
 from nas.data import Data
 from nas.evaluate import score_plain, score_served
-from nas.recipe import UsageError, option, parse, read
+from nas.recipe import Parser, UsageError, option, parse, read
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas evaluate", exit_on_error=False,
+def _parser() -> Parser:
+    parser = Parser(prog="nas evaluate",
                             description="accuracy of a bundle; of subnets of a run: see nas evaluate RUN --help")  # fmt: skip
     parser.add_class_arguments(Data, "data")
     parser.add_argument("--split", default="test", help="train, valid, select or test")
@@ -32,8 +31,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _run_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas evaluate RUN", exit_on_error=False, description="accuracy of subnets of a run")
+def _run_parser() -> Parser:
+    parser = Parser(prog="nas evaluate RUN", description="accuracy of subnets of a run")
     parser.add_argument("--arch", default="derived",
                         help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%, or an arch as text; "
                              "several may follow")  # fmt: skip
@@ -94,17 +93,19 @@ def subnets(folder: Path, args: Sequence[str]) -> int:
         torch.set_num_threads(config.threads)
     split = built.data.reads(config.split)
     names = names or [config.arch]
-    archs = [arch_of(name, source, built)[0] for name in names]
+    archs = [arch_of(name, source, built, "evaluate", overrides)[0] for name in names]
     bn_images = config.bn_images or built.select.bn_images
     scores = score_served(built.trained.network, archs, built.data, config.split, built.device, bn_images, config.images)
-    rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch)}
+    rows = [{"arch": name, "top1": score.top1, "loss": score.loss, **built.prices(arch), **served_by(built, arch)}
             for name, arch, score in zip(names, archs, scores)]  # fmt: skip
     if config.json:
         print(json.dumps({"split": split, "n": scores[0].n, "subnets": rows}))
         return 0
     for row in rows:
-        print(f"{row['arch']:24} top-1 {row['top1']:.4f}  {row['macs']:>15,} MACs  {row['params']:>12,} parameters")
-    print(f"{len(rows)} subnets on {scores[0].n:,} {split} images, batch norm recalibrated on {bn_images:,}")
+        print(f"{row['arch']:24} top-1 {row['top1']:.4f}  {row['macs']:>15,} MACs  {row['params']:>12,} parameters"
+              + (f"  {row['supernet']}" if "supernet" in row else ""))  # fmt: skip
+    print(f"{len(rows)} subnet{'s' if len(rows) > 1 else ''} on {scores[0].n:,} {split} images, batch norm recalibrated on "
+          f"{bn_images:,}")  # fmt: skip
     return 0
 
 

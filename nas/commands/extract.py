@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 
 from nas import checkpoint
 from nas.budget import budget
 from nas.build import Built, assemble
 from nas.engine import seed_from
-from nas.recipe import UsageError, find, parse, plain_config, read, search_parser
+from nas.recipe import Parser, UsageError, find, parse, plain_config, read, search_parser
 from nas.search import bundle
+from nas.splits.places import Place, elsewhere, place_of, underived
+from nas.splits.regions import holds
 from nas.splits.tree import Tree
 from search_spaces.arch import ArchFile, read_arch
 from search_spaces.space import Arch, SearchSpace
@@ -29,8 +31,8 @@ _log = logging.getLogger("nas")
 SOURCES = ("auto", "inherited", "scratch")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas extract", exit_on_error=False, description="an architecture as a plain network")
+def _parser() -> Parser:
+    parser = Parser(prog="nas extract", description="an architecture as a plain network")
     parser.add_argument("source", help="run folder, or recipe (untrained weights)")
     parser.add_argument("--arch", default="derived",
                         help="arch.json file, derived, largest, smallest, random:SEED, random:SEED@55%, or an arch as text")
@@ -60,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     out = Path(config.out) if config.out else (folder / "bundle" if folder else None)
     if out is None:
         raise UsageError("--out is missing: where shall the bundle of a recipe go?")
-    arch, metrics = arch_of(config.arch, folder, built)
+    arch, metrics = arch_of(config.arch, folder, built, "extract", overrides)
     bn_images = config.bn_images or metrics.get("top1", {}).get("bn_images", 2000)
     make = partial(bundle, built, arch, metrics, plain, out, trained=folder is not None and inherit, bn_images=bn_images,
                    onnx=config.onnx, pt2=config.pt2)  # fmt: skip
@@ -123,13 +125,23 @@ def _trained(folder: Path, built: Built, epochs: int, seed: int) -> Built:
     """``built``, whose strategy has started, as the run in ``folder`` left it."""
     if built.split is not None:
         tree = Tree(built, built.split, folder, epochs, seed)
-        built = tree.trained()
-        _log.info("weights of %d supernets in %s", sum(1 for _ in tree.nodes()), folder)
+        built, servers = tree.trained(), tree.servers()
+        if built.finished:
+            inner = sum(1 for _ in tree.nodes()) - len(servers)
+            _log.info("weights of the %d leaves of %s; what was split on the way serves nothing: %d supernets", len(servers),
+                      folder, inner)  # fmt: skip
+        else:
+            _log.warning("%s is not finished: weights of %s", folder, ", ".join(node.called for node in servers))
         return built
     payload, path = checkpoint.load(folder / "checkpoints", built.device)
     checkpoint.restore(built.strategy, payload["strategy"], folder / "checkpoints")
     _log.info("weights of %s, step %d", path, payload["step"])
     return dataclasses.replace(built, step=payload["step"], finished=payload["step"] >= built.setup.steps)
+
+
+def served_by(built: Built, arch: Arch) -> dict[str, str]:
+    """{"supernet": whose weights serve ``arch``} of a run with several; {} of others."""
+    return {"supernet": built.tree.server(arch).called} if isinstance(built.tree, Tree) else {}
 
 
 def recipe_of_run(folder: Path) -> dict[str, Any]:
@@ -144,8 +156,34 @@ def recipe_of_run(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[str, Any]]:
-    """The architecture that ``--arch`` names, and its metrics where a file states them."""
+def arch_of(
+    name: str, folder: Path | None, built: Built, verb: str, overrides: Sequence[str] = ()
+) -> tuple[Arch, dict[str, Any]]:
+    """The architecture that ``--arch`` names, and its metrics where a file states them. ``verb``: the command, and its
+    ``overrides``, for what to say of a supernet in a tree that does not hold the architecture."""
+    place = None if folder is None else place_of(folder)
+    if place is None:
+        return _named(name, folder, built, built.space)
+    if name == "derived" and not (place.folder / "arch.json").is_file():
+        raise UsageError(underived(place, verb, built.searcher is not None))
+    arch, metrics = _named(name, folder, built, built.space.root)
+    try:
+        built.space.check(arch)
+    except ValueError as error:
+        raise UsageError(_elsewhere(place, arch, verb, overrides, str(error))) from None
+    return arch, metrics
+
+
+def _elsewhere(place: Place, arch: Arch, verb: str, overrides: Sequence[str], why: str) -> str:
+    """Which supernet of the tree around ``place`` serves ``arch``; ``why`` where none does."""
+    built, config = load_source(str(place.root), overrides, weights=False)[1:]
+    if built.split is None or not holds(built.space, arch):
+        return f"{place.folder}: {why}"
+    return elsewhere(place, Tree(built, built.split, place.root, config["epochs"], config["seed"]), arch, verb, why)
+
+
+def _named(name: str, folder: Path | None, built: Built, expect: SearchSpace) -> tuple[Arch, dict[str, Any]]:
+    """``arch_of``; what a file or text says must be of ``expect``."""
     space = built.space
     if name in ("largest", "smallest"):
         return (space.largest() if name == "largest" else space.smallest()), {}
@@ -158,14 +196,16 @@ def arch_of(name: str, folder: Path | None, built: Built) -> tuple[Arch, dict[st
         if folder is None:
             raise UsageError("--arch derived needs a run folder. Allowed for a recipe: FILE, largest, smallest, random:SEED.")
         if not (folder / "arch.json").is_file():
-            raise UsageError(f"{folder} has no arch.json yet: finish it with nas search --resume auto --out {folder}.")
+            run = shlex.quote(str(folder))
+            raise UsageError(f"{folder} has no arch.json yet: finish it with nas search {run}/config.yaml --resume auto --out "
+                             f"{run}.")  # fmt: skip
         name = str(folder / "arch.json")
     if not os.path.isfile(name):  # False too for what is too long to be a path
-        return written(name, space), {}
+        return written(name, expect), {}
     file = read_arch(name)
     if file.space["name"] == space.name and file.space["args"] != space.args:
         return resized(name, file, space.root), {}
-    file = read_arch(name, expect=space)
+    file = read_arch(name, expect=expect)
     return dict(file.arch), dict(file.metrics)
 
 

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
 from nas.build import Built, assemble
 from nas.commands.extract import divided
 from nas.cost import CostTable
 from nas.latency import ROUNDS, measure, milliseconds, read_latency, write_latency
-from nas.recipe import UsageError, find, parse, read, search_parser
+from nas.recipe import Parser, UsageError, find, parse, read, search_parser
 from supernets.extract import extract
 from supernets.layers import Shape
 
@@ -22,9 +21,9 @@ _log = logging.getLogger("nas")
 FAR = 0.3  # of the time of the whole network, that its rows may lie from it without a word
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="nas latency", exit_on_error=False,
+def _parser() -> Parser:
+    parser = Parser(
+        prog="nas latency",
         description="measures every layer shape of a supernet; a search reads the table: --strategy.budget.price TABLE.csv",
     )  # fmt: skip
     parser.add_argument("recipe", help="name or .yaml file; dotted overrides (--space.depth 20) follow")

@@ -7,14 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from tensorboard import program
 
-from nas.recipe import UsageError, parse
+from nas.recipe import Parser, UsageError, parse
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas monitor", exit_on_error=False, description="TensorBoard on the run folders")
+def _parser() -> Parser:
+    parser = Parser(prog="nas monitor", description="TensorBoard on the run folders")
     parser.add_argument("runs", nargs="?", default="runs", help="a run folder, or the folder of many")
     parser.add_argument("--port", type=int, default=6006, help="0: any free one")
     parser.add_argument("--host", default="localhost")

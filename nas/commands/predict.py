@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -15,12 +14,12 @@ from torchvision.transforms.v2 import functional as F
 from nas.augment import normalise
 from nas.build import device_of, rebuild
 from nas.bundle import load_bundle
-from nas.recipe import UsageError, parse
+from nas.recipe import Parser, UsageError, parse
 from nas.sources import DEEP, UNREADABLE
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas predict", exit_on_error=False, description="class names for images")
+def _parser() -> Parser:
+    parser = Parser(prog="nas predict", description="class names for images")
     parser.add_argument("bundle", help="folder that nas extract or nas retrain wrote")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=1, help="how many classes to name")

@@ -1,10 +1,9 @@
 """nas retrain BUNDLE [--from scratch|inherited] [--teacher BUNDLE]: train a plain network by the strategy ``plain``."""
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,18 @@ from jsonargparse import Namespace
 from torch import nn
 
 from nas import ranks
-from nas.build import data_of, device_of, loss_of, rebuild, rebuild_for_training, versions
+from nas.alone import base_of, network_for, prepared
+from nas.build import data_of, device_of, rebuild, versions
 from nas.bundle import Bundle, load_bundle, prove, write_bundle
 from nas.data import Data
-from nas.engine import Outcome, seed_from
+from nas.engine import Outcome
 from nas.evaluate import score_plain
 from nas.log import RunLogs
 from nas.precision import in_precision
-from nas.protocols import Moment, Setup, Strategy
+from nas.protocols import Moment, Strategy
 from nas.recipe import UsageError, find, option, parse, plain_config, read, retrain_parser
 from nas.run import Run, explicit
 from nas.search import stopped
-from nas.strategies.plain import Plain
 from supernets.extract import TrainingForm
 
 _log = logging.getLogger("nas")
@@ -58,13 +57,8 @@ def run(argv: Sequence[str]) -> int:
     net = network_of(bundle, config)
     if group.main and config.teacher is None:
         _log.info("no --teacher: the network learns from the labels alone (plain.lam and plain.T are not used)")
-    net = in_precision(net.train().to(device), config.precision, config.channels_last)
     teacher = teacher_of(config.teacher, device, config, data)
-    feed = data.feed(config.seed, device, group.rank, group.world)
-    epoch_steps = feed.epoch_steps() // config.plain.accumulate or 1
-    setup = Setup(net, None, None, loss_of(config), teacher, config.epochs * epoch_steps, epoch_steps, data.count("train"))
-    strategy = Plain(**config.plain.as_dict())
-    copy.copy(strategy).start(setup)  # refuses what does not fit before a folder is made
+    strategy, setup, feed = prepared(net, config, data, device, group, teacher)
     plain = {**plain_config(parser, config), "bundle": str(bundle.path), "teacher": config.teacher}
     default = Path("runs") / f"retrain-{bundle.path.resolve().name}"
     out = explicit(config.out, config.resume, group) if config.out else default
@@ -72,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     if group.main:
         _log.info("%s in %s", f"resuming at step {run.start}" if run.start else "starting", run.folder)
     try:
-        every = [(config.evaluate_every * epoch_steps, Reading(data, device, run.log))] if group.main else []
+        every = [(config.evaluate_every * setup.epoch_steps, Reading(data, device, run.log))] if group.main else []
         outcome = run.fit(strategy, setup, feed, seed=config.seed, every=every, max_time=config.max_time)
         return conclude(bundle, strategy, data, device, config, run, outcome) if group.main else outcome.exit
     finally:
@@ -81,29 +75,14 @@ def run(argv: Sequence[str]) -> int:
 
 def network_of(bundle: Bundle, config: Namespace) -> nn.Module:
     """What is trained: the bundle's own network, or a fresh one; with drop path and a head where ``plain`` wants them."""
-    inherited, plain = config.weights == "inherited", config.plain
-    form, seed = bundle.form if inherited else "fresh", seed_from(config.seed, "fresh")
-    if not plain.auxiliary and not plain.drop_path:
-        return bundle.module if inherited else rebuild(bundle.arch, form, seed)
-    net = rebuild_for_training(bundle.arch, form, seed, head=plain.auxiliary > 0, by_depth=plain.drop_path_version != 1)
-    if inherited:
-        net.network.load_state_dict(bundle.module.state_dict())
+    if config.weights == "scratch":
+        return network_for(bundle.arch, config)
+    if not config.plain.auxiliary and not config.plain.drop_path:
+        return bundle.module
+    net = network_for(bundle.arch, config, bundle.form)
+    assert isinstance(net, TrainingForm)
+    net.network.load_state_dict(bundle.module.state_dict())
     return net
-
-
-def base_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Retraining's settings from a search recipe: its ``retrain`` section over its data, loss and precision."""
-    for name in ("retrain", "data", "loss"):
-        if not isinstance(recipe.get(name) or {}, Mapping):
-            raise UsageError(f"{name} = {recipe[name]} is not a section. Give keys and values.")
-    own = dict(recipe.get("retrain") or {})
-    unknown = sorted(set(own) - {"epochs", "plain", "data", "loss"})
-    if unknown:
-        raise UsageError(f"retrain.{unknown[0]} is not a known key. Allowed: epochs, plain, data, loss.")
-    base: dict[str, Any] = {name: {**(recipe.get(name) or {}), **(own.get(name) or {})} for name in ("data", "loss")}
-    base.update({key: own[key] for key in ("epochs", "plain") if key in own})
-    base.update({key: recipe[key] for key in ("precision", "channels_last", "threads", "seed") if key in recipe})
-    return base
 
 
 def recipe_in(bundle: Bundle) -> dict[str, Any]:
@@ -180,6 +159,8 @@ def conclude(
     used = {name: config.plain[name] for name in ("auxiliary", "drop_path") if config.plain[name]}
     if config.plain.drop_path:  # a strength says nothing without its schedule
         used |= {name: config.plain[name] for name in ("drop_path_steps", "drop_path_version")}
+    if config.head.dropout:
+        used["head"] = config.head.as_dict()
     report["retrain"] = {
         "teacher": config.teacher, "epochs": config.epochs, "seed": config.seed, "steps": outcome.step, **used,
     }  # fmt: skip

@@ -18,6 +18,7 @@ from nas.bilevel import Weights
 from nas.build import Built, assemble
 from nas.engine import moment, seed_from
 from nas.log import memory
+from nas.rank_recipe import Rank
 from nas.recipe import UsageError, find, option, parse, plain_config, read, search_parser
 from nas.run import Run, explicit
 from nas.search import epochs_of, rehearse, stopped, train
@@ -37,19 +38,22 @@ def run(argv: Sequence[str]) -> int:
         _log.info("%s", built.data.describe())
         _log.info("%d choices, %.3g architectures, %s parameters", len(built.space.choices), float(built.space.size),
                   f"{sum(p.numel() for p in built.net.parameters()):,}")
-    beside = beside_of(config)
-    rehearse(built, beside)
+    beside, rank = beside_of(config), Rank(**config.rank.as_dict())
+    rehearse(built, beside, rank)
     if config.dry_run:
         return dry_run(built, config)
     plain = plain_config(parser, config)
     plain.pop("beside")  # it changes nothing of the search, and may be asked of a finished one with --resume auto
+    if rank.truth is None:
+        plain.pop("rank")  # says nothing: runs that began without the key go on
     out = explicit(config.out, config.resume, built.ranks) if config.out else Path("runs") / name
     run = Run(out, plain, device=built.device, ranks=built.ranks, resume=config.resume,
               period=config.log_every)  # fmt: skip
     try:
         outcome, path, random = train(
             built, run, plain, seed=config.seed, every=config.evaluate.every, images=config.evaluate.images,
-            bn_images=config.evaluate.bn_images, gap=config.evaluate.gap, beside=beside, max_time=config.max_time)  # fmt: skip
+            bn_images=config.evaluate.bn_images, gap=config.evaluate.gap, beside=beside, rank=rank,
+            max_time=config.max_time)  # fmt: skip
     finally:
         run.close()
     if built.ranks.main:

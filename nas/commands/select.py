@@ -1,6 +1,7 @@
 """nas select RUN --macs-at-most 40%: an architecture for another budget from the same run, without training."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from nas.build import Built
-from nas.commands.extract import divided, load_source, recipe_of_run
+from nas.commands.extract import divided, load_source, recipe_of_run, served_by
 from nas.engine import signals
 from nas.limits import Select
-from nas.recipe import UsageError, parse
+from nas.recipe import Parser, UsageError, parse
 from nas.searchers.evolution import Evolution
-from nas.select import FOLDER, Picked, draw, select, write
+from nas.select import FOLDER, Picked, draw, prepare, select, write
+from nas.splits.places import place_of, unmet
 from search_spaces.arch import ArchFile
 
 _log = logging.getLogger("nas")
@@ -27,9 +29,9 @@ FIGURES = ("evaluations", "images", "bn_images")
 LIMITS = tuple(field.name for field in dataclasses.fields(Select) if field.name not in FIGURES)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="nas select", exit_on_error=False,
+def _parser() -> Parser:
+    parser = Parser(
+        prog="nas select",
         description="the best subnet of a run within limits. Limits given here replace those of the recipe; scores are kept.",
     )  # fmt: skip
     parser.add_argument("run", help="folder that nas search wrote, finished or stopped")
@@ -62,6 +64,11 @@ def run(argv: Sequence[str]) -> int:
     searcher = built.searcher or Evolution()
     if not built.finished:
         _log.warning("the run was stopped after %d steps: its subnets are not fully trained", built.step)
+    if place := place_of(folder):
+        try:
+            prepare(built, copy.copy(searcher), built.select)
+        except ValueError as error:
+            raise UsageError(unmet(place, error)) from None
     began = time.monotonic()
     with signals() as stop:
         found = select(built, searcher, built.select, folder, recipe, built.step, lambda: stop.reason)
@@ -72,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     file = write(built, found, built.select, recipe, out)
     draw(built, found, folder)
     _say(built, found, file, time.monotonic() - began)
-    print(json.dumps(_result(out, found, file)) if config.json else out)
+    print(json.dumps({**_result(out, found, file), **served_by(built, found.best.arch)}) if config.json else out)
     return 0
 
 
@@ -98,9 +105,10 @@ def _say(built: Built, found: Picked, file: ArchFile, seconds: float) -> None:
     full = built.prices(built.space.root.largest())
     _log.info("%s scored %d subnets, %d of them now in %.0f s; %d are on the front", found.said["searcher"], found.asked,
               found.fresh, seconds, len(found.front))
-    _log.info("picked: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images",
+    _log.info("picked: %s MACs (%.1f%% of the largest), %s parameters (%.1f%%), %s top-1 %.4f on %d images%s",
               f"{file.costs['macs']:,}", 100 * file.costs["macs"] / full["macs"], f"{file.costs['params']:,}",
-              100 * file.costs["params"] / full["params"], file.metrics["top1"]["split"], found.score.top1, found.score.n)
+              100 * file.costs["params"] / full["params"], file.metrics["top1"]["split"], found.score.top1, found.score.n,
+              "".join(f", in the weights of {name}" for name in served_by(built, found.best.arch).values()))  # fmt: skip
 
 
 def _result(out: Path, found: Picked, file: ArchFile) -> dict[str, Any]:

@@ -9,18 +9,18 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 import search_spaces
 from nas.budget import budget
 from nas.cost import PRICES, CostTable
-from nas.recipe import UsageError, parse
+from nas.recipe import Parser, UsageError, parse
 from search_spaces.patterns import restricted, tied
 from search_spaces.space import SearchSpace
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nas spaces", exit_on_error=False, description="what can be searched")
+def _parser() -> Parser:
+    parser = Parser(prog="nas spaces", description="what can be searched")
     parser.add_argument("name", nargs="?", default=None, help="for instance resnet.CifarResNet; none: the list")
     parser.add_argument("--args", type=dict[str, Any], default={}, help="its arguments: {depth: 56, kind: tas}")
     parser.add_argument("--restrict", type=dict[str, Any], default={},

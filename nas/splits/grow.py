@@ -27,14 +27,17 @@ from nas.build import Built, arch_file
 from nas.engine import Outcome, Stop, signals
 from nas.feed import Loaders
 from nas.picks import Picks
+from nas.protocols import Strategy
 from nas.report import write_whole
 from nas.run import Run
 from nas.splits import show
 from nas.splits.gradients import shared
 from nas.splits.measure import Measured, decide, exhaustive, measure
 from nas.splits.tree import CHECKPOINTS, FORMAT, SPLIT, VERSION, Node, Tree, read_split, saved
+from nas.strategies.mixture import Mixture
 from nas.strategies.random import Random
 from search_spaces.arch import write_arch
+from search_spaces.choice import listed
 from search_spaces.space import Value
 
 _log = logging.getLogger("nas")
@@ -69,9 +72,15 @@ def rehearse(tree: Tree) -> None:
     built, split = tree.built, tree.split
     if isinstance(built.strategy, Random):
         raise ValueError("split: random search trains every network alone, so there is no supernet to split. Leave split out.")
+    if isinstance(built.strategy, Mixture):
+        raise ValueError("split: a mixture has several supernets already, and gradients are compared in one. Leave split out.")
+    started: list[Strategy] = []
     for level in range(split.levels + 1):
         strategy, setup = tree.parts(level)
         strategy.start(setup)
+        if level and split.inherits(level - 1) == "all":
+            _take_over(started[-1], strategy)
+        started.append(strategy)
     batches = [getattr(weights_of(strategy), "accumulate", 1) for strategy in (tree.searching, built.strategy)]
     if batches[0] != batches[1]:
         raise ValueError(f"split.before.weights.accumulate = {batches[0]}, and {batches[1]} for the leaves. Allowed: the same, "
@@ -101,6 +110,19 @@ def rehearse(tree: Tree) -> None:
                                  "processes.")  # fmt: skip
 
 
+def _take_over(parent: Strategy, child: Strategy) -> None:
+    """ValueError where a (started) child cannot go on with its parent's state: ``split.before`` may make them differ."""
+    kinds = {name: type(value) for name, value in vars(child).items()}
+    try:
+        checkpoint.restore(child, checkpoint.state_of(parent))
+        odd = next((name for name, kind in kinds.items() if type(vars(child)[name]) is not kind), None)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        odd = str(error)
+    if odd is not None:
+        raise ValueError(f"split.before: the children cannot take over what their parent has ({odd}). Allowed: arguments that "
+                         "keep its state as it is, or split.inherit: weights.")  # fmt: skip
+
+
 def _walk(tree: Tree, node: Node) -> None:
     """Starts a strategy in every part that exhaustive splits below ``node`` make. ValueError where one cannot be."""
     if node.last:
@@ -108,7 +130,12 @@ def _walk(tree: Tree, node: Node) -> None:
     here = dataclasses.replace(tree.built, space=node.space)
     for child in tree.born(node, exhaustive(here, tree.split, node.level)):
         strategy, setup = tree.parts(child.level)
-        strategy.start(setup._replace(space=child.space))
+        try:
+            strategy.start(setup._replace(space=child.space))
+        except ValueError as error:
+            name = child.cut[-1]
+            raise ValueError(f"split.choices: {child.called}, with {name} = {listed(child.space[name].options)}, cannot be "
+                             f"searched: {error} Or split another choice.") from None  # fmt: skip
         _walk(tree, child)
 
 
@@ -127,7 +154,8 @@ def _refusal(tree: Tree, node: Node, choice: str, groups: Sequence[Sequence[Valu
 def counts(tree: Tree) -> list[int]:
     """How many supernets each level has."""
     split, space = tree.split, tree.built.space
-    many = ([len(space[name].options) for name in split.choices] if split.by == "exhaustive"
+    many = ([len(split.groups_of(space[name].options, level)) for level, name in enumerate(split.choices)]
+            if split.by == "exhaustive"
             else [split.group_count(level) for level in range(split.levels)])  # fmt: skip
     return [math.prod(many[:level]) for level in range(split.levels + 1)]
 
@@ -180,13 +208,15 @@ def _work(
     built.ranks = group
     if node.inherits == "weights":
         built.net.load_state_dict(tree.open(tree.parent(node)).net.state_dict())
+    if node.inherits == "all" and group.main and not saved(node.folder):  # where damaged checkpoints were deleted
+        _beget(tree, tree.parent(node), [node], config)
     with _opened(node, root, own, built) as run:
         if group.main:
-            _log.info("%s: steps %d to %d, %.3g architectures, in %s", node.called, run.start, until, float(node.space.size),
-                      run.folder)  # fmt: skip
+            _log.info("%s, %s: steps %d to %d, %.3g architectures, in %s", node.called, "a leaf" if node.last else
+                      "to be split", run.start, until, float(node.space.size), run.folder)  # fmt: skip
         feed = built.data.feed(tree.seed_of(node), built.device, group.rank, group.world)
         picks = Picks(built.space, built.data, built.device, run.log, group, reading.images, reading.bn_images, reading.gap,
-                      derive=built.searcher is None)  # fmt: skip
+                      derive=built.searcher is None, called=node.called)  # fmt: skip
         acts = [(reading.every * built.setup.epoch_steps, picks)]
         if node.last and until % acts[0][0]:
             acts.append((until, picks))  # before the last checkpoint is written, which tells of it
@@ -222,7 +252,8 @@ def _split(tree: Tree, node: Node, built: Built, config: Mapping[str, Any], stop
     if split.by == "exhaustive":
         found = exhaustive(built, split, level)
     else:
-        measured = measure(built, split, level, node.folder / CHECKPOINTS, tree.seed_of(node), step, stop, node.cut)
+        measured = measure(built, split, level, node.folder / CHECKPOINTS, tree.seed_of(node), step, stop, node.cut,
+                           node.called)  # fmt: skip
         if isinstance(measured, str):
             return measured
         found = decide(built, measured, split, level, partial(_refusal, tree, node))
@@ -296,9 +327,13 @@ def told(tree: Tree, found: Sequence[Leaf], picked: Leaf) -> str:
             said = read_split(node.folder / SPLIT)
             tables += [f"{node.called.capitalize()}, at its end:\n\n{show.table(said)}"] if said["measured"] else []
             splitting += said["images"]
-    cost = (f"Image-passes: training {round(training):,}, splitting {splitting:,} ({splitting / training:.1%} more). A step of "
-            "training counts as many passes as its strategy does on the mean.")  # fmt: skip
-    return "\n\n".join([show.tree_text(lines), cost, *tables])
+    cost = (f"Image-passes: training {round(training):,}, splitting {splitting:,} ({splitting / training:.1%} more). Splitting "
+            "is counted; training is its steps times the passes that one of them takes on the mean of its schedules, so an "
+            "estimate where steps differ.")  # fmt: skip
+    inner = sum(1 for node in tree.nodes() if tree.children(node))
+    many = (f"{len(lines)} supernets: {len(lines) - inner} leaves, whose weights serve the architectures, each its own part; "
+            f"inner ones, which were split on the way and serve none: {inner}.")  # fmt: skip
+    return "\n\n".join([many, show.tree_text(lines), cost, *tables])
 
 
 def rows(tree: Tree, found: Sequence[Leaf] = (), picked: Leaf | None = None) -> list[dict[str, Any]]:

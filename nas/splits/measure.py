@@ -6,6 +6,7 @@ weights, buffers and optimizers nor what the training draws afterwards.
 """
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from nas import checkpoint
 from nas.build import Built
@@ -25,10 +27,14 @@ from nas.splits.gradients import fixed, match, shared
 from nas.splits.partitions import Cut, Partition, best, chosen
 from nas.splits.regions import barren, splittable
 from nas.splits.split import Split
+from search_spaces.choice import listed
 from search_spaces.space import Mixture, SearchSpace, Setting, Value
 
+_log = logging.getLogger("nas")
 STATE = "split.pt"
 """Beside the checkpoints: sums of distances, and the position in the data."""
+SHOWN = 10.0
+"""Seconds between lines of progress."""
 DRAWS = 100
 """Of the other choices, until no option leaves a dead network (a cell without input); then the last is taken."""
 
@@ -49,8 +55,7 @@ class Measured:
             if len(options) >= groups * split.least and len(options) - len(alone) >= groups:
                 self.options[name], self.barren[name] = options, [options.index(option) for option in alone]
         if not self.options:
-            raise ValueError(f"split: of the choices that match {', '.join(split.choices)} none has options left for {groups} "
-                             f"groups of {split.least} or more. Split less often, or name other choices.")  # fmt: skip
+            raise ValueError(_too_few(space, split, level, cut))
         self.sums = {name: torch.zeros(len(options), len(options), dtype=torch.float64)
                      for name, options in self.options.items()}  # fmt: skip
         self.repeats, self.seconds = 0, 0.0
@@ -67,21 +72,22 @@ class Measured:
 
 def measure(
     built: Built, split: Split, level: int, folder: Path, seed: int, step: int, stop: Callable[[], str | None],
-    cut: Sequence[str] = (),
+    cut: Sequence[str] = (), called: str = "the root supernet",
 ) -> Measured | str:  # fmt: skip
     """The distances at a node whose (started) strategy has made ``step`` steps, or why it was stopped: ``stop`` is asked after
-    every batch. ``folder``: of its checkpoints, where the state is kept. ``cut``: see ``Measured``. ValueError
-    where no choice can be split."""
+    every batch. ``folder``: of its checkpoints, where the state is kept. ``cut``: see ``Measured``. ``called``: the node, in
+    the log. ValueError where no choice can be split, and where what was kept cannot be read."""
     found, group = Measured(built, split, level, cut), built.ranks
     feed = built.data.feed(seed_from(seed, "split"), built.device, group.rank, group.world)
     about = {"seed": seed, "step": step, "options": {name: list(options) for name, options in found.options.items()},
              "repeats": split.repeats, "samples": split.samples}  # fmt: skip
     path = folder / STATE
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = _kept(path)
         if state["about"] == about:
             found.sums, found.repeats, found.seconds = state["sums"], state["repeats"], state["seconds"]
             feed.load_state_dict(state["feed"])
+    shown = _Shown(called, found, split, group.main)
     while found.repeats < split.repeats:
         began = time.monotonic()
         now = _moment(built, found.repeats, seed, step)
@@ -94,9 +100,60 @@ def measure(
         if group.main:
             checkpoint.write(path, {"about": about, "sums": found.sums, "repeats": found.repeats, "seconds": found.seconds,
                                     "feed": feed.state_dict()})  # fmt: skip
+        shown()
         if reason := stop():
             return reason
     return found
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The state of measuring at ``path``. ValueError where it is damaged."""
+    lost = "Delete it, and resume the run: the gradients are compared anew, and all that is trained stays."
+    try:
+        state = checkpoint.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, which keeps the distances of gradients. {lost}") from None
+    if not isinstance(state, dict) or not {"about", "sums", "repeats", "seconds", "feed"} <= state.keys():
+        raise ValueError(f"{path} does not hold distances of gradients. {lost}")
+    return state
+
+
+class _Shown:
+    """Tells the log what is compared, of a resumed run how much of it is done, and then now and then how far it is."""
+
+    def __init__(self, called: str, found: Measured, split: Split, main: bool) -> None:
+        self.called, self.found, self.of, self.main = called, found, split.repeats, main
+        self.start, self.began = found.repeats, time.monotonic()
+        self.last = self.began
+        if main and self.start:
+            _log.info("%s: %d of %d batches were compared before", called, self.start, self.of)
+        if main and self.start < self.of:
+            _log.info("%s: comparing the gradients of %d options of %d choices, on %d batches", called, found.passes,
+                      len(found.options), self.of - self.start)  # fmt: skip
+
+    def __call__(self) -> None:
+        """After each batch."""
+        clock, done = time.monotonic(), self.found.repeats
+        if self.main and (clock - self.last >= SHOWN or done == self.of):
+            self.last = clock
+            left = (clock - self.began) / (done - self.start) * (self.of - done)
+            _log.info("%s: %d of %d batches compared, left %s", self.called, done, self.of, tqdm.format_interval(left))
+
+
+def _too_few(space: SearchSpace, split: Split, level: int, cut: Sequence[str]) -> str:
+    """Why no choice can be split into the groups that are asked for."""
+    groups, names = split.group_count(level), [name for name in splittable(space, split.choices) if name not in cut]
+    words = (f"split.groups = {groups}: of the choices that match {', '.join(split.choices)} none has options left for "
+             f"{groups} groups of {split.least} or more.")  # fmt: skip
+    most = {name: min(len(space[name].options) // split.least, len(space[name].options) - len(barren(space, name)))
+            for name in names}  # fmt: skip
+    widest = max(names, key=lambda name: most[name], default="")
+    if not names or most[widest] < 2:
+        return f"{words} Split less often (split.at), or name other choices (split.choices)."
+    alone = f" ({listed(barren(space, widest))} not alone)" if barren(space, widest) else ""
+    return (f"{words} {widest} has {len(space[widest].options)}: {listed(space[widest].options)}{alone}. Allowed: "
+            f"{'2' if most[widest] == 2 else f'2 to {most[widest]}'}. Give fewer groups, or name other choices "
+            "(split.choices).")  # fmt: skip
 
 
 def _moment(built: Built, repeat: int, seed: int, step: int) -> Moment:
@@ -180,10 +237,11 @@ def decide(
 
 
 def exhaustive(built: Built, split: Split, level: int) -> dict[str, Any]:
-    """A child for each option of the named choice, as split.json has it. ValueError where it cannot be split."""
+    """A child for each option, or group of options, of the named choice, as split.json has it. ValueError where it cannot be
+    split."""
     name = split.choices[level]
     options = built.space[name].options
     if name not in splittable(built.space, [name]):
         raise ValueError(f"split: {name} has no options to split ({', '.join(map(str, options))}). Name another choice.")
-    return {"choice": name, "groups": [[option] for option in options], "rule": None, "repeats": 0, "samples": 0, "passes": 0,
+    return {"choice": name, "groups": split.groups_of(options, level), "rule": None, "repeats": 0, "samples": 0, "passes": 0,
             "images": 0, "seconds": 0.0, "measured": {}}  # fmt: skip

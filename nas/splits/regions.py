@@ -75,7 +75,7 @@ def holder(spaces: Sequence[SearchSpace], arch: Mapping[str, Value]) -> int:
     if not spaces:
         raise ValueError("There is no space to hold an architecture. Give the parts of a split.")
     live = spaces[0].counting(arch)
-    found = [i for i, space in enumerate(spaces) if _holds(space, arch)]
+    found = [i for i, space in enumerate(spaces) if holds(space, arch)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -147,7 +147,8 @@ def _draws(space: SearchSpace, part: SearchSpace) -> bool:
     return bool(space.lawful(space.encode([arch])).all())
 
 
-def _holds(space: SearchSpace, arch: Mapping[str, Value]) -> bool:
+def holds(space: SearchSpace, arch: Mapping[str, Value]) -> bool:
+    """Whether ``space`` holds ``arch`` (canonical or not). Raises nothing: what is no architecture at all is not held."""
     try:
         space.check(arch)
     except ValueError:

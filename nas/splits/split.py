@@ -22,7 +22,7 @@ INHERIT = ("all", "weights", "nothing")
 class Split:
     """``at``: the epochs after which each level splits, ascending, whole numbers or shares of ``epochs`` ("25%"); none: one
     supernet. ``by``: "gradients", the choice and the groups of its options whose gradients agree; "exhaustive", a child for
-    each option of a named choice.
+    each option of a named choice, or for each of the groups that ``parts`` gives it, a list of them for each level.
 
     ``choices``: patterns of the names that may be split, each once on the way to a leaf; exhaustive: the name of each level's.
     ``groups``: of each level. ``least``: options in a group at least; ``balanced``: sizes differ by one at most. ``rule``:
@@ -40,6 +40,7 @@ class Split:
     by: str = "gradients"
     at: list[int | str] = field(default_factory=list)
     choices: list[str] = field(default_factory=lambda: ["*"])
+    parts: list[list[list[Any]]] = field(default_factory=list)
     groups: int | list[int] = 2
     least: int = 1
     balanced: bool = False
@@ -71,6 +72,9 @@ class Split:
                              "of each level.")  # fmt: skip
         if self.by == "exhaustive" and self.at and len(set(self.choices)) < len(self.choices):
             raise ValueError(f"split.choices = {self.choices}. Allowed: each once, as an exhaustive split leaves one option.")
+        if self.parts and (self.by != "exhaustive" or len(self.parts) != len(self.at)):
+            raise ValueError(f"split.parts = {self.parts} for {len(self.at)} levels, by {self.by}. Allowed: groups of the "
+                             "options of each level's choice, by exhaustive.")  # fmt: skip
 
     @property
     def levels(self) -> int:
@@ -79,6 +83,10 @@ class Split:
     def group_count(self, level: int) -> int:
         """Of gradients: the children of one supernet of ``level``."""
         return _each(self.groups, self.levels)[level]
+
+    def groups_of(self, options: Sequence[Any], level: int) -> list[list[Any]]:
+        """Exhaustive: which of the ``options`` of its choice each child of a supernet of ``level`` has."""
+        return [list(part) for part in self.parts[level]] if self.parts else [[option] for option in options]
 
     def inherits(self, level: int) -> str:
         return _each(self.inherit, self.levels)[level]

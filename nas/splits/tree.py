@@ -23,7 +23,7 @@ from nas.build import Built
 from nas.engine import seed_from
 from nas.explain import section_of
 from nas.protocols import Setup, Strategy
-from nas.splits.regions import divide, holder
+from nas.splits.regions import divide, holder, holds
 from nas.splits.split import Split, ends
 from search_spaces.space import Arch, SearchSpace, Setting, Value
 
@@ -141,8 +141,11 @@ class Tree:
         return next(other for other in self.level(node.level - 1) if other.path == node.path[:-1])
 
     def leaf(self, arch: Mapping[str, Value]) -> Node:
-        """The node that serves ``arch``: the leaf that holds it, or what there is of it so far."""
-        arch, node = self.built.space.root.canonical(arch), self.root
+        """The node that serves ``arch``: the leaf that holds its normal form, or what there is of it so far. So architectures
+        that stand for one network have one leaf; where the root does not hold that form, the leaf that holds ``arch``."""
+        space, node = self.built.space, self.root
+        form = space.normal(arch)
+        arch = form if holds(space, form) else space.root.canonical(arch)
         while children := self.children(node):
             node = children[holder([child.space for child in children], arch)]
         return node
@@ -213,11 +216,23 @@ class Tree:
 
     # -- readings ---------------------------------------------------------------------------------------------------
 
-    def serving(self, arch: Mapping[str, Value]) -> Built:
-        """The trained parts that serve ``arch``: of its leaf, or of the last node on the way there that has been trained."""
-        node = self.leaf(arch)
+    def server(self, arch: Mapping[str, Value]) -> Node:
+        """The node whose weights serve ``arch``: its leaf, or the last node on the way there that has been trained."""
+        return self._trained(self.leaf(arch))
+
+    def servers(self) -> list[Node]:
+        """All nodes whose weights serve, in order: of a finished run its leaves."""
+        found = [self._trained(node) for node in self.nodes() if not self.children(node)]
+        return list({node.path: node for node in found}.values())
+
+    def _trained(self, node: Node) -> Node:
         while node.path and not saved(node.folder):
             node = self.parent(node)
+        return node
+
+    def serving(self, arch: Mapping[str, Value]) -> Built:
+        """The trained parts of the ``server`` of ``arch``."""
+        node = self.server(arch)
         if node.name not in self._opened:
             self._opened[node.name] = self.open(node)
         return self._opened[node.name]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from nas.bilevel import Weights, space_and_costs, undropped
+from nas.importance import ImageImportance, Importance
 from nas.losses import means, soft_cross_entropy, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, Setting, Value
@@ -44,23 +45,29 @@ def published() -> Weights:
 @dataclass
 class BigNAS:
     """``children``: N, the random ones of a step. ``drop``: dropout of the biggest. ``combine``: the gradients of all children
-    are added ("sum", published) or averaged ("mean")."""
+    are added ("sum", published) or averaged ("mean"). ``images``: drawn in proportion to the biggest's gradients, as PA&DA does
+    (no part of the paper); None: each once an epoch."""
 
     children: int = 2
     drop: float = 0.2
     combine: str = "sum"
     weights: Weights = field(default_factory=published)
+    images: Importance | None = None
 
     def __post_init__(self) -> None:
         if self.children < 0 or not 0.0 <= self.drop < 1.0:
             raise ValueError(f"children = {self.children}, drop = {self.drop}. Allowed: from 0, and a rate from 0, below 1.")
         if self.combine not in COMBINE:
             raise ValueError(f"combine = {self.combine!r} is not known. Allowed: {', '.join(COMBINE)}.")
+        if self.images is not None and self.images.reweight:
+            raise ValueError("images: reweight = true, but children learn from the biggest, and their distances have no weight "
+                             "of an image. Allowed with BigNAS: false.")  # fmt: skip
 
     def start(self, setup: Setup) -> None:
         self.setup, self.net = setup, setup.net
         self.space, self.costs = space_and_costs(setup, "BigNAS")
         self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
+        self.drawn = ImageImportance(setup.images, self.images, next(self.net.parameters()).device)
 
     def passes(self) -> float:
         return (2 + self.children) * self.weights.accumulate
@@ -70,9 +77,9 @@ class BigNAS:
         children = [self.space.smallest(), *(self.space.sample(now.rng) for _ in range(self.children))]
         share = 1.0 if self.combine == "sum" else 1.0 / (1 + len(children))
         for _ in range(self.weights.accumulate):
-            x, y, _ = draw("train")
+            x, y, i = draw("train", odds=self.drawn.odds)
             z = self.net(x, self.space.largest(), drop=self.drop)
-            loss = self.setup.loss(z, y)
+            loss = self.drawn.loss(self.setup.loss, z, y, i)
             self.w.add(share * loss)  # (1)
             teacher, distances = z.detach(), list[Tensor]()
             with undropped(self.net):
@@ -84,8 +91,10 @@ class BigNAS:
             smallest, *others = distances
             parts.append({
                 "train/loss": loss.detach(), "train/top1": top1(z, y), "train/loss_smallest": smallest,
-                **({"train/loss_children": torch.stack(others).mean()} if others else {}),
+                **({"train/loss_children": torch.stack(others).mean()} if others else {}), **self.drawn.see(i, z, y),
             })  # fmt: skip
+        if (now.step + 1) % self.setup.epoch_steps == 0:
+            self.drawn.turn(now.epoch / now.epochs)
         return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def arch(self, now: Moment) -> Mapping[str, Setting]:

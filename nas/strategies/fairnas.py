@@ -21,9 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nas.bilevel import Weights, space_and_costs
+from nas.importance import ImageImportance, Importance
 from nas.losses import means, top1
 from nas.protocols import Draw, Metrics, Moment, Setup
 from search_spaces.space import Arch, SearchSpace, Setting, Value
@@ -33,10 +35,12 @@ COMBINE = ("sum", "mean")
 
 @dataclass
 class FairNAS:
-    """``combine``: the gradients of the n paths are added ("sum", published) or averaged ("mean")."""
+    """``combine``: the gradients of the n paths are added ("sum", published) or averaged ("mean"). ``images``: drawn in
+    proportion to their gradients, the mean over the n paths, as PA&DA does (no part of the paper); None: each once an epoch."""
 
     combine: str = "sum"
     weights: Weights = field(default_factory=Weights)
+    images: Importance | None = None
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
@@ -47,6 +51,7 @@ class FairNAS:
         self.space, self.costs = space_and_costs(setup, "FairNAS")
         options(self.space)  # refuses what it cannot train
         self.w = self.weights.descent(self.net.parameters(), setup, accumulates=True)
+        self.drawn = ImageImportance(setup.images, self.images, next(self.net.parameters()).device)
 
     @property
     def count(self) -> int:
@@ -58,16 +63,21 @@ class FairNAS:
 
     def update(self, draw: Draw, now: Moment) -> Metrics:
         rate, paths, parts = self.w.rate, self.paths(now), list[dict[str, Tensor]]()
-        share = 1.0 if self.combine == "sum" else 1.0 / self.count
+        share, seen = 1.0 if self.combine == "sum" else 1.0 / self.count, list[dict[str, Tensor]]()
         for _ in range(self.weights.accumulate):
-            x, y, _ = draw("train")
+            x, y, i = draw("train", odds=self.drawn.odds)
+            every = list[Tensor]()
             for path in paths:
                 z = self.net(x, path)
-                loss = self.setup.loss(z, y)
+                loss = self.drawn.loss(self.setup.loss, z, y, i)
                 self.w.add(share * loss)  # (3)
+                every.append(z.detach())
                 parts.append({"train/loss": loss.detach(), "train/top1": top1(z, y)})
             self.w.step(norm=True)
-        return {**means(parts), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
+            seen.append(self.drawn.see(i, torch.cat(every), y))
+        if (now.step + 1) % self.setup.epoch_steps == 0:
+            self.drawn.turn(now.epoch / now.epochs)
+        return {**means(parts), **means(seen), "train/lr": rate, "train/grad_norm": self.w.grad_norm}
 
     def paths(self, now: Moment) -> list[Arch]:
         """The n paths of a step."""

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from strategy_entries_attentive import ENTRIES as ATTENTIVE
+from strategy_entries_mixture import ENTRIES as MIXTURES
+from strategy_entries_pada import ENTRIES as IMPORTANCE
 from strategy_entries_paths import ENTRIES as PATHS
 from strategy_entries_shrink import ENTRIES as SHRINK
 from strategy_entry import ALONE, BOTH, EPOCH_STEPS, SEED, STEPS, THREE, Entry, Restriction, made
@@ -25,6 +27,7 @@ from nas.protocols import Batch, Setup
 from nas.strategies.darts import DARTS
 from nas.strategies.drnas import DrNAS
 from nas.strategies.gdas import GDAS
+from nas.strategies.mixture import Mixture as Balanced
 from nas.strategies.plain import Plain
 from nas.strategies.proxyless import Proxyless
 from nas.strategies.random import Random
@@ -100,7 +103,7 @@ STRATEGIES = [
     *random_paths("tied", trials=2, slow=True),  # saved in the middle of a trial
     *random_paths("cells", trials=4, slow=False),  # saved at the end of one
     *random_paths("nasnet", trials=2, slow=True), *random_paths("macro", trials=2, slow=True),
-    *PATHS, *ATTENTIVE, *SHRINK,
+    *PATHS, *IMPORTANCE, *ATTENTIVE, *SHRINK, *MIXTURES,
 ]  # fmt: skip
 SEARCHES = [entry for entry in STRATEGIES if entry.kind]
 DATA = Data("digits", batch_size=16, valid_fraction=0.5)
@@ -145,7 +148,9 @@ def plain_net(seed: int) -> nn.Module:
 
 
 def nets(strategy: Any) -> list[nn.Module]:
-    """The net, and the copy that a strategy trains beside it."""
+    """The net, and the copies that a strategy trains beside it."""
+    if isinstance(strategy, Balanced):
+        return strategy.nets
     return [strategy.setup.net, *([strategy.twin] if isinstance(strategy, RARTS) else [])]
 
 
@@ -194,17 +199,17 @@ def watch(strategy: Any, entry: Entry, steps: int = STEPS) -> list[Told]:
 
     def noted(net: nn.Module, given: tuple[Any, ...]) -> None:
         passes[0] += torch.is_grad_enabled()
-        if net is strategy.setup.net and len(given) > 1:
+        if (net is strategy.setup.net or isinstance(strategy, Balanced)) and len(given) > 1:
             ran.append(plainly(given[1]))
 
     step, backward = Descent.step, torch.autograd.backward
 
-    def watched(self: Descent, norm: bool = False) -> None:
+    def watched(self: Descent, norm: bool = False, **more: Any) -> None:
         descents = {name: getattr(strategy, name) for name in entry.moves}
         name = next(name for name, descent in descents.items() if descent is self)
         holding = {name for name, descent in descents.items() if any(p.grad is not None for p in descent.params)}
         stepped.append((name, ran[-1] if ran else {}, holding))
-        step(self, norm)
+        step(self, norm, **more)
 
     def counted(*args: Any, **kwargs: Any) -> None:
         backwards[0] += 1

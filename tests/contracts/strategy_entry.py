@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.cost import CostTable
-from search_spaces import bignas, darts, macro, mobilenet, nasnet, nats, preresnet, vit
+from search_spaces import bignas, darts, macro, mobilenet, nasnet, nats, pooling, preresnet, vit
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import SearchSpace, Setting, Value
 from supernets.bignas import AttentiveNAS
@@ -21,6 +21,7 @@ from supernets.macro import ConvMacro
 from supernets.mobilenet import OFAMobileNetV3
 from supernets.nasnet import NASNet
 from supernets.nats import Sizes, Topology
+from supernets.pooling import PoolingResNet
 from supernets.preresnet import PreResNet
 from supernets.resnet import ResNet
 from supernets.vit import ViT
@@ -90,6 +91,9 @@ KINDS = {
     }),
     "scales": Kind(partial(preresnet.PreResNet, 11, widths=(2, 3, 4)), PreResNet, {
         "free": {}, "some": {"stage0.block0.norm1.width": (2,), "stage2.block0.norm2.width": (1, 3)},
+    }),
+    "pooling": Kind(partial(pooling.PoolingResNet, (2, 1, 1), 2, (4, 6, 8)), PoolingResNet, {
+        "free": {}, "some": {pooling.POOLING: ("1-2-2", "2-1-2", "3-1-1")},
     }),
     "macro": Kind(partial(macro.ConvMacro, ((2, 3, 4),) * 4, (3, 5, 7), 4, (4,), 12), Enlarged, {
         "free": {}, "some": {"c1": (2, 4), "c4": (4,), "k1": (3,), "k3": (5, 7)},

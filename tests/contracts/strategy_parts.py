@@ -32,6 +32,7 @@ CUTS: Mapping[str, Restriction] = {
     "nasnet": {"normal.block1.left.op": ("identity", "max_pool_3x3", "sep_conv_7x7"), "normal.block2.combine": ("add",),
                "reduce.block2.right.op": ("conv_1x1", "conv_3x3")},
     "scales": {"stage1.block0.norm0.width": (2, 4, 8), "final.width": tuple(range(1, 9)), "stage2.block0.norm2.width": (3,)},
+    "pooling": {"pooling": ("1-1-3", "2-2-1", "1-2-2")},
     "macro": {"c1": (2, 3), "k2": (3, 7), "k3": (5,)},
     "vit": {"depth": (1, 2), "layer0.heads": (1,), "layer1.ratio": (2.0,)},
     "attentive": {"stage1.expand": (4, 5), "stage2.kernel": (3,), "stage0.depth": (1,)},

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from supernet_entries_cells import cells, nasnet_cells, sizes, topology
+from supernet_entries_channelbench import CHANNELS
+from supernet_entries_nasbenchmacro import ENTRIES as NASBENCHMACRO
 from supernet_entries_once import ENTRIES as ONCE
+from supernet_entries_pooling import ENTRIES as POOLING
 from supernet_entries_proxyless import proxyless
 from supernet_entries_residual import RESIDUAL
 from supernet_entries_superposed import conv_macro, vision
@@ -162,5 +165,8 @@ SUPERNETS = [
            norm="full", both_sides=False),
     *ONCE,
     *RESIDUAL,
+    *CHANNELS,
     proxyless("proxyless-operations"),
+    *NASBENCHMACRO,
+    *POOLING,
 ]

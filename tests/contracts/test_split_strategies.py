@@ -47,7 +47,8 @@ SPLITS = [
     Case("darts-1-cells", fast="all"), Case("darts-2-cells"), Case("snas-cells"), Case("gdas-cells"), Case("drnas-cells"),
     Case("proxyless-cells"), Case("tangle-softmax-cells"), Case("tangle-dirichlet-macro"), Case("darts-1-darts"),
     Case("snas-tied"), Case("rarts-cells"), Case("tas-tied"), Case("rsps-cells"), Case("spos-cells", picks=True),
-    Case("spos-mobile", picks=True), Case("fairnas-cells", picks=True), Case("bignas-mobile", picks=True),
+    Case("spos-mobile", picks=True), Case("fairnas-cells", picks=True), Case("pada-both-cells", picks=True),
+    Case("bignas-mobile", picks=True),
     Case("bignas-tied", picks=True), Case("ofa-mobile-sized", picks=True), Case("ofa-tied-shared", picks=True),
     Case("deps-mobile", picks=True), Case("attentive-attentive", picks=True), Case("alphanet-attentive", picks=True),
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """nas rank: a run's accuracies and given values against known ones, as a user runs it."""
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -15,28 +14,15 @@ import torch
 from cli import SEARCH, content, differences, nas, ok
 from killed import KILL, At, run
 from PIL import Image
+from rank_tables import ARCHS, NET, QUICK, TEXTS, rows, save
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nas import checkpoint
 from nas.commands.extract import load_source
 from nas.evaluate import score_archs
-from search_spaces.resnet import CifarResNet
 
-NET = CifarResNet(14, "tied", [4, 6, 8])
-ARCHS = [NET.sample(random.Random(seed)) for seed in range(12)]
-TEXTS = [NET.text(arch) for arch in ARCHS]
 NAMED = ("--space", "resnet.CifarResNet", "--args", "{depth: 14, widths: [4, 6, 8]}", "--input", "[1, 8, 8]")
-QUICK = ("--images", "48", "--bn-images", "32")
-
-
-def save(name: str, columns: Mapping[str, Sequence[Any]]) -> str:
-    """A CSV file in the current folder."""
-    with open(name, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(columns)
-        rows.writerows(zip(*columns.values()))
-    return name
 
 
 def macs(arch: Mapping[str, Any]) -> int:
@@ -56,11 +42,6 @@ def truth() -> str:
     """Twelve architectures of which one has no value, and a row that is none."""
     values = [90.0 + i for i in range(12)]
     return save("truth.csv", {"arch": [*TEXTS, "none of ours"], "acc": [*values[:3], "nan", *values[4:], 50.0]})
-
-
-def rows(path: str | Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_is_ranked_by_its_own_accuracies(tied: Path, truth: str, place: Path) -> None:

@@ -225,7 +225,7 @@ def test_many_subnets_at_once(finished: Path) -> None:
     (["select", "RUN", "--searcher", "random", "--searcher.trial", "3"], ["searcher.trial", "Nearest: searcher.trials"]),
     (["select", "RUN", "--evaluations", "0"], ["evaluations = 0 is too few"]),
     (["select", "RUN", "--latency-at-most", "50%"], ["by which table"]),
-    (["select", "RUN", "--macs", "40%"], ["--macs could match --macs_at_most"]),
+    (["select", "RUN", "--macs", "40%"], ["macs is not a known key. Nearest: macs_at_most"]),
     (["select", "nowhere"], ["nowhere: there is no such folder"]),
     (["select", "."], ["not a run folder"]),
     (["select", "RUN", "--device", "tpu"], ["--device tpu"]),
@@ -233,7 +233,7 @@ def test_many_subnets_at_once(finished: Path) -> None:
     (["evaluate", "RUN", "--arch", "largest", "--images", "0"], ["--images 0 is too few"]),
     (["search", "mine.yaml", "--select.macs_at_most", "1%"], ["No architecture was found"]),
     (["search", "mine.yaml", "--searcher", "nas.searchers.random.Rando"], ["Nearest: nas.searchers.random.Random"]),
-    (["search", "mine.yaml", "--select.macs", "1%"], ["--select.macs could match --select.macs_at_most"]),
+    (["search", "mine.yaml", "--select.macs", "1%"], ["select.macs is not a known key. Nearest: select.macs_at_most"]),
 ])  # fmt: skip
 def test_bad_words_are_one_line(finished: Path, words: list[str], parts: list[str]) -> None:
     before = content(finished)

@@ -15,6 +15,7 @@ from nas import ranks
 from nas.cost import CostTable
 from nas.data import Data
 from nas.feed import Feed
+from nas.importance import importances
 from nas.losses import CrossEntropy
 from nas.protocols import Batch, Setup
 from nas.ranks import Ranks
@@ -50,13 +51,15 @@ class Doubled:
 
 
 def fit(
-    folder: Path, me: Ranks, strategy: Any, space: SearchSpace, supernet: type[Any], shared: bool = False
-) -> dict[str, Any]:
-    """Eight steps of a run in ``folder``: weights, copies, alphas, the images seen, what is derived."""
+    folder: Path, me: Ranks, strategy: Any, space: SearchSpace, supernet: type[Any], shared: bool = False,
+    epoch_steps: int = EPOCH_STEPS,
+) -> dict[str, Any]:  # fmt: skip
+    """Eight steps of a run in ``folder``: weights, copies, alphas, the images seen, what they and paths are drawn by, what is
+    derived."""
     data = Data("digits", batch_size=16, augment=["crop"], valid_fraction=0.5)
     net = (shares(supernet) if shared else supernet)(space, channels=1, classes=10).double()
     net.reset(torch.Generator().manual_seed(1 + me.rank))  # rank 0's are broadcast
-    setup = Setup(net, space, CostTable(net, (8, 8)), CrossEntropy(), None, STEPS, EPOCH_STEPS, data.count("train"))
+    setup = Setup(net, space, CostTable(net, (8, 8)), CrossEntropy(), None, STEPS, epoch_steps, data.count("train"))
     draw = Doubled(data.feed(SEED, "cpu", me.rank, me.world))
     run = Run(folder, {"strategy": folder.name}, ranks=me, period=3)
     try:
@@ -64,10 +67,14 @@ def fit(
     finally:
         run.close()
     assert outcome.step == STEPS
+    paths, images = importances(strategy)
+    drawn = [torch.tensor(row) for row in paths.p.values()] if paths is not None else []
+    drawn += [images.odds, images.scores] if images is not None and images.odds is not None else []
     copies = [strategy.twin] if hasattr(strategy, "twin") else []
     return {
         "weights": flat(net), "copies": torch.cat([torch.zeros(0).double(), *map(flat, copies)]),
         "alphas": flat(strategy.alpha) if hasattr(strategy, "alpha") else torch.zeros(0).double(),
+        "drawn": torch.cat([torch.zeros(0).double(), *(row.double() for row in drawn)]),
         "winner": flat(strategy.network(strategy.architecture())), "seen": torch.stack(draw.seen),
         "architecture": strategy.architecture(), "valid": [score["top1"] for score in getattr(strategy, "scores", [])],
     }  # fmt: skip
@@ -102,7 +109,7 @@ def of_both(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def assert_one(first: dict[str, Any], second: dict[str, Any], one: dict[str, Any]) -> None:
     """Both ranks agree to the last bit, and with one process on whole batches (disjoint shares of them)."""
-    for part in ("weights", "copies", "alphas", "winner"):
+    for part in ("weights", "copies", "alphas", "winner", "drawn"):
         assert torch.equal(first[part], second[part])
         assert first[part].dtype == torch.float64 and torch.allclose(first[part], one[part], rtol=0, atol=1e-10)
     assert torch.equal(torch.cat([first["seen"], second["seen"]], dim=1), one["seen"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rank_runs import ALONE, assert_one, child, fit, of_both, on_two_ranks
+from rank_runs import ALONE, EPOCH_STEPS, assert_one, child, fit, of_both, on_two_ranks
 
 from nas.bilevel import Weights
 from nas.ranks import Ranks
@@ -21,6 +21,7 @@ from nas.strategies.bignas import BigNAS
 from nas.strategies.deps import DepS
 from nas.strategies.fairnas import FairNAS
 from nas.strategies.ofa import OFA, Phase
+from nas.strategies.pada import PADA
 from nas.strategies.spos import SPOS
 from search_spaces.bignas import AttentiveNAS as Stagewise
 from search_spaces.mobilenet import OFAMobileNetV3 as Mobile
@@ -35,11 +36,12 @@ VALUES = Weights(lr=0.05, lr_min=0.01, clip=None, clip_value=0.02, norm_decay=Fa
 
 
 class Entry(NamedTuple):
-    """A strategy, the space it searches and the supernet that holds it."""
+    """A strategy, the space it searches, the supernet that holds it, and the steps of an epoch."""
 
     make: Callable[[], Any]
     space: Callable[[], SearchSpace]
     supernet: type[Any]
+    epoch_steps: int = EPOCH_STEPS
 
 
 def mobile() -> SearchSpace:
@@ -66,12 +68,13 @@ STRATEGIES = {
     "ofa": Entry(lambda: OFA(PHASES, drop=0.0, weights=VALUES), sized, OFAMobileNetV3),
     "spos": Entry(lambda: SPOS(WEIGHTS), mobile, OFAMobileNetV3),
     "fairnas": Entry(lambda: FairNAS(weights=WEIGHTS), lambda: Cells(4, 1), Topology),
+    "pada": Entry(lambda: PADA(weights=WEIGHTS), lambda: Cells(4, 1), Topology, 2),
 }
 
 
 def fit_named(folder: Path, me: Ranks, name: str, shared: bool = False) -> dict[str, Any]:
     entry = STRATEGIES[name]
-    return fit(folder, me, entry.make(), entry.space(), entry.supernet, shared)
+    return fit(folder, me, entry.make(), entry.space(), entry.supernet, shared, entry.epoch_steps)
 
 
 @pytest.fixture(scope="module")

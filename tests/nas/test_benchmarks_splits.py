@@ -11,21 +11,8 @@ import pytest
 
 from nas.benchmarks import quality_splits
 from nas.benchmarks.quality import legal
-from nas.benchmarks.quality_splits import (
-    FIRST,
-    PAIRS,
-    SIZES,
-    Timetable,
-    cells,
-    compared,
-    markdown,
-    picture,
-    plan,
-    seconds,
-    splits,
-    timetable,
-    trained,
-)
+from nas.benchmarks.quality_splits import FIRST, PAIRS, SIZES, cells, markdown, picture, plan
+from nas.benchmarks.quality_trees import Timetable, compared, seconds, splits, timetable, trained
 from nas.recipe import find, parse, read, search_parser
 from nas.splits.split import Split
 from search_spaces.nats import NAMES, OPS, Topology

@@ -7,7 +7,7 @@ import torch
 
 from nas.augment import Augment, normalise
 from nas.data import Data, from_dataset, stratified
-from nas.feed import Order
+from nas.order import Order
 
 
 def digits(**args):

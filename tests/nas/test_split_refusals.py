@@ -15,6 +15,8 @@ from nas.splits.partitions import best
 from nas.splits.split import Split
 from nas.splits.tree import Tree
 from nas.strategies.darts import DARTS
+from nas.strategies.mixture import Mixture
+from nas.strategies.pada import PADA
 from nas.strategies.random import Random
 from nas.strategies.spos import SPOS
 from search_spaces import nats
@@ -34,6 +36,17 @@ def test_levels_without_anything_to_split() -> None:
     assert "node2.from1" in refused(deep)  # where the one is none, the other must not be
     assert "nothing to compare" in refused(gm([1], leave_out=["*"]))
     assert "random search" in refused(gm([1]), Random(trials=1))
+    assert "several supernets already" in refused(gm([1]), Mixture(2, choices=["node1.from0"]))
+
+
+def test_children_that_could_not_take_over_their_parents_state() -> None:
+    same = gm([1], before={"path": True})
+    rehearse(Tree(built(same, PADA(data=False)), same, Path("nowhere"), 3, SEED))
+    for strategy, before in ((PADA(), {"path": False}), (PADA(shared=False), {"shared": True})):
+        split = gm([1], before=before)
+        assert "split.before: the children cannot take over" in refused(split, strategy)
+        anew = gm([1], "weights", before=before)
+        rehearse(Tree(built(anew, strategy), anew, Path("nowhere"), 3, SEED))
 
 
 def test_schedules_end_where_only_weights_go_on() -> None:

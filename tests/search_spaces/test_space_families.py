@@ -11,11 +11,14 @@ import pytest
 import search_spaces
 from search_spaces.arch import ArchFile, space_of
 from search_spaces.bignas import AttentiveNAS, BigNAS
+from search_spaces.channelbench import ChannelMobileNet, ChannelResNet
 from search_spaces.darts import AMOEBANET, NASNET, Cells
 from search_spaces.macro import ConvMacro
 from search_spaces.mobilenet import OFAMobileNetV3, OFAProxyless
+from search_spaces.nasbenchmacro import NASBenchMacro
 from search_spaces.nasnet import NASNet
 from search_spaces.nats import Sizes, Topology
+from search_spaces.pooling import PoolingResNet
 from search_spaces.resnet import CifarResNet, ImageNetResNet
 from search_spaces.resnet50d import OFAResNet50D
 from search_spaces.space import SearchSpace
@@ -30,6 +33,9 @@ SPACES: list[SearchSpace] = [
     Cells(4, 3, nodes=3, ops=("none", "skip_connect", "sep_conv_7x7")), Cells.of(NASNET), Cells.of(AMOEBANET, 4, 5),
     NASNet(), NASNet(2, 8, "imagenet", 16, True, blocks=2),
     ConvMacro(), ConvMacro(((2, 3), (3, 4), (4, 6), (5, 8)), (3, 5, 9), 7, (6, 5), 16, 0.25),
+    NASBenchMacro(), NASBenchMacro(0.125, (2, 3), 8, compact=False),
+    ChannelResNet(), ChannelResNet((6, 9, 3, 6, 9, 12, 6), 3), ChannelMobileNet(), ChannelMobileNet(parts=2),
+    PoolingResNet(), PoolingResNet((4, 3, 2), 3, (4, 6, 8)),
     AutoFormer(), AutoFormer("base", 4, 32), ViT([6, 8, 12], [1, 2, 3], [1, 2, 3], [1, 1.5, 2], 4, 2, 8),
     OFAMobileNetV3(), OFAMobileNetV3(1.2, resolution=()), OFAMobileNetV3(0.35, True, (7,), (2, 3), (1, 2, 4), (16, 17)),
     OFAProxyless(), OFAProxyless(0.3, True, (3, 5)), BigNAS(), BigNAS(True, 0.3), AttentiveNAS(),
