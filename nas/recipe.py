@@ -26,7 +26,7 @@ from nas.heads import Head
 from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.protocols import Searcher, Strategy
-from nas.rank_recipe import Rank
+from nas.ranking.section import Rank
 from nas.splits.split import Split
 from nas.strategies.plain import Plain
 from search_spaces.space import SearchSpace

@@ -36,8 +36,8 @@ from nas.limits import Select
 from nas.losses import CrossEntropy
 from nas.picks import Picks
 from nas.protocols import Searcher, Strategy
-from nas.rank_during import RankJudge, known_truth
-from nas.rank_recipe import UNRANKED, Rank
+from nas.ranking.during import RankJudge, known_truth
+from nas.ranking.section import UNRANKED, Rank
 from nas.recalibrate import install
 from nas.report import against_budget, report, settings, write_whole
 from nas.run import Run

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from nas.cost import CostTable, macs, params
-from nas.matching import match
+from nas.ranking.matching import match
+from nas.ranking.tables import read_table
 from nas.recipe import build, find, parse, read, search_parser
-from nas.tables import read_table
 from search_spaces.arch import ArchFile, read_arch, space_of, write_arch
 from search_spaces.space import Arch, SearchSpace
 

@@ -27,8 +27,8 @@ from nas.benchmarks import quality_trees as trees
 from nas.benchmarks.quality import ARGS, accuracies, in_parallel, program, run
 from nas.benchmarks.quality_ranking_report import markdown, picture
 from nas.benchmarks.quality_trees import EXHAUSTIVE, Base, Pairs, Plan, Way, ranked, spent, wanted
-from nas.rank_report import plain
-from nas.ranking import differences
+from nas.ranking.report import plain
+from nas.ranking.statistics import differences
 from nas.recipe import build, find, parse, read, search_parser
 from search_spaces.pooling import POOLING, PoolingResNet
 from search_spaces.space import SearchSpace

@@ -15,16 +15,16 @@ from jsonargparse import Namespace
 from nas.commands.extract import divided
 from nas.engine import seed_from
 from nas.evaluate import BN_MODES
-from nas.matching import Known, match, split
-from nas.rank_bins import BINS, FROM
-from nas.rank_compare import compare
-from nas.rank_report import plain_found, tell, write
-from nas.rank_scope import ALONE, RESERVED, Reading, Scope, costs_of, readings, scope_of
-from nas.ranking import FEWEST
+from nas.ranking.bins import BINS, FROM
+from nas.ranking.compare import compare
+from nas.ranking.matching import Known, match, split
+from nas.ranking.report import plain_found, tell, write
+from nas.ranking.scope import ALONE, RESERVED, Reading, Scope, costs_of, readings, scope_of
+from nas.ranking.statistics import FEWEST
+from nas.ranking.tables import Table, read_table, value_column
+from nas.ranking.truth import trained_truth
 from nas.recipe import Parser, UsageError, parse
 from nas.splits.regions import holds
-from nas.tables import Table, read_table, value_column
-from nas.truth import trained_truth
 from search_spaces.space import Arch
 
 _log = logging.getLogger("nas")

@@ -18,7 +18,7 @@ from nas.bilevel import Weights
 from nas.build import Built, assemble
 from nas.engine import moment, seed_from
 from nas.log import memory
-from nas.rank_recipe import Rank
+from nas.ranking.section import Rank
 from nas.recipe import UsageError, find, option, parse, plain_config, read, search_parser
 from nas.run import Run, explicit
 from nas.search import epochs_of, rehearse, stopped, train

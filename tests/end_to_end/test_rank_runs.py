@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nas.build import Built
 from nas.engine import seed_from
-from nas.ranking import differences, kendall
+from nas.ranking.statistics import differences, kendall
 
 TABLES = Path(__file__).resolve().parents[3] / "shared" / "tables"
 published = pytest.mark.skipif(not TABLES.is_dir(), reason="the published tables are not in ../shared/tables")

@@ -18,7 +18,7 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nas.commands.extract import load_source
-from nas.truth import trained_truth
+from nas.ranking.truth import trained_truth
 from search_spaces.resnet import CifarResNet
 
 NET = CifarResNet(14, "tied", [4, 6, 8])

@@ -16,7 +16,7 @@ from nas.benchmarks import paths, quality_ranking
 from nas.benchmarks.quality_ranking import MACRO, POOLINGS, Contest, against, neighbours, plan
 from nas.benchmarks.quality_ranking_report import markdown, picture
 from nas.benchmarks.quality_trees import NEAR, Plan
-from nas.ranking import kendall
+from nas.ranking.statistics import kendall
 from nas.recipe import find, parse, read, search_parser
 from nas.splits.split import Split
 from search_spaces.nasbenchmacro import NASBenchMacro

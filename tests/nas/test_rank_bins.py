@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from nas.rank_bins import binned, bins_of
-from nas.rank_compare import Bin, compare, how_many
-from nas.ranking import differences, ends, intervals, kendall, resampled_taus, resamples, spearman, statistics
+from nas.ranking.bins import binned, bins_of
+from nas.ranking.compare import Bin, compare, how_many
+from nas.ranking.statistics import differences, ends, intervals, kendall, resampled_taus, resamples, spearman, statistics
 
 T = np.array([1.0, 2, 3, 4, 1, 2, 3, 2, 2])
 P = np.array([1.0, 2, 4, 3, 3, 2, 1, 1, 2])  # in bins of 4, 3 and 2: (5 - 1) / 6, -1, none

@@ -22,8 +22,8 @@ from nas.engine import Outcome
 from nas.evaluate import score_archs
 from nas.heads import Head
 from nas.losses import CrossEntropy
-from nas.rank_during import CURVE, RankJudge, known_truth, untouched
-from nas.rank_recipe import UNRANKED, Rank
+from nas.ranking.during import CURVE, RankJudge, known_truth, untouched
+from nas.ranking.section import UNRANKED, Rank
 from nas.run import Run
 from nas.search import Found, search, train
 from nas.strategies.darts import DARTS
@@ -141,7 +141,7 @@ def test_equal_accuracies_have_no_tau(truth: str, tmp_path: Path, monkeypatch: p
     def equal(network: Any, archs: Any, *given: Any) -> list[Any]:
         return [score_archs(net(), ARCHS[:1], DATA, "select", CPU, 16, 16)[0]] * len(archs)
 
-    monkeypatch.setattr("nas.rank_during.score_served", equal)
+    monkeypatch.setattr("nas.ranking.during.score_served", equal)
     run = go(tmp_path / "run", asked(truth, every=5)).folder
     (line,) = [line for line in lines(run) if "rank/kendall_tau" in line]
     assert line == {"step": 9, "rank/kendall_tau": None, "rank/spearman": None}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nas.ranking import chances, intervals, kendall, overlap, regret, spearman, statistics, true_top
+from nas.ranking.statistics import chances, intervals, kendall, overlap, regret, spearman, statistics, true_top
 
 P = np.array([1.0, 2.0, 2.0, 3.0])
 T = np.array([1.0, 3.0, 2.0, 2.0])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nas.cost import CostTable
-from nas.matching import match, named
-from nas.ranking import kendall
-from nas.tables import Table, numbers, read_table, value_column
+from nas.ranking.matching import match, named
+from nas.ranking.statistics import kendall
+from nas.ranking.tables import Table, numbers, read_table, value_column
 from search_spaces.nats import Sizes, Topology
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import SearchSpace

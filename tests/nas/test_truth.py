@@ -17,11 +17,11 @@ from nas import truth
 from nas.alone import network_for, prepared
 from nas.build import Built, arch_file, assemble, data_of
 from nas.evaluate import Scores, score_plain
+from nas.ranking.truth import COLUMNS, drawn, settings_of, trained_truth
 from nas.ranks import Ranks
 from nas.recipe import parse, plain_config, search_parser
 from nas.run import Run
 from nas.strategies.plain import Plain
-from nas.truth import COLUMNS, drawn, settings_of, trained_truth
 from search_spaces.resnet import CifarResNet
 from search_spaces.space import SearchSpace
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nas.matching import named
-from nas.tables import numbers, read_table
+from nas.ranking.matching import named
+from nas.ranking.tables import numbers, read_table
 from search_spaces.macro import ConvMacro
 
 BEST = {"c1": 32, "c2": 64, "c3": 128, "c4": 128, "k1": 3, "k2": 7, "k3": 5, "k4": 7}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nas.matching import named
-from nas.tables import numbers, read_table
+from nas.ranking.matching import named
+from nas.ranking.tables import numbers, read_table
 from search_spaces.channelbench import NAMES, ChannelMobileNet, ChannelResNet, Channels
 
 TABLE = Path(__file__).parents[2].parent / "shared" / "tables" / "channel-bench-resnet.json"

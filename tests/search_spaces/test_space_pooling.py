@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas.matching import named
-from nas.tables import numbers, read_table
+from nas.ranking.matching import named
+from nas.ranking.tables import numbers, read_table
 from search_spaces.arch import ArchFile, space_of
 from search_spaces.pooling import POOLING, PoolingResNet
 from search_spaces.space import Mixture

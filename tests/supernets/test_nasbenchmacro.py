@@ -19,12 +19,12 @@ from nas.build import gather, rebuild
 from nas.bundle import counted
 from nas.cost import CostTable, macs, params
 from nas.losses import CrossEntropy
-from nas.matching import match
+from nas.ranking.matching import match
+from nas.ranking.tables import read_table
 from nas.recalibrate import recalibrate
 from nas.splits.split import Split
 from nas.splits.tree import Tree
 from nas.strategies.spos import SPOS
-from nas.tables import read_table
 from search_spaces.arch import ArchFile
 from search_spaces.nasbenchmacro import OPTIONS, NASBenchMacro
 from search_spaces.space import Arch, Mixture, Setting

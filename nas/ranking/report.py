@@ -12,10 +12,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from nas.rank_bins import FROM
-from nas.rank_compare import Comparison
-from nas.rank_picture import how, interval, picture, span
-from nas.ranking import LEVEL, Estimate
+from nas.ranking.bins import FROM
+from nas.ranking.compare import Comparison
+from nas.ranking.picture import how, interval, picture, span
+from nas.ranking.statistics import LEVEL, Estimate
 
 _log = logging.getLogger("nas")
 _WIDTH, _ACROSS = 26, 4  # characters of a cell, cells in a line

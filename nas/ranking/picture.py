@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nas.rank_compare import Bin, Comparison
-from nas.ranking import LEVEL, Estimate
+from nas.ranking.compare import Bin, Comparison
+from nas.ranking.statistics import LEVEL, Estimate
 
 matplotlib.use("Agg")  # no window is ever opened
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2")  # of runs

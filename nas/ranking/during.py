@@ -1,4 +1,4 @@
-"""How well a supernet ranks known architectures as it is trained: an act of the run (recipe: ``rank``, nas/rank_recipe.py).
+"""How well a supernet ranks known architectures as it is trained: an act of the run (recipe: ``rank``, nas/ranking/section.py).
 
     known_truth(asked, built)                       # before there is a folder: refuses what does not fit
     judge = RankJudge(asked, built, run.log)
@@ -30,11 +30,11 @@ from nas.build import Built
 from nas.engine import Act, seed_from
 from nas.evaluate import Scores, score_served
 from nas.log import RunLogs
-from nas.matching import match, split
 from nas.protocols import Moment, Strategy
-from nas.rank_recipe import Rank
-from nas.ranking import FEWEST, LEVEL, ends, kendall, resampled_taus, rounds_of, spearman
-from nas.tables import read_table, value_column
+from nas.ranking.matching import match, split
+from nas.ranking.section import Rank
+from nas.ranking.statistics import FEWEST, LEVEL, ends, kendall, resampled_taus, rounds_of, spearman
+from nas.ranking.tables import read_table, value_column
 from search_spaces.space import Arch
 
 matplotlib.use("Agg")  # no window is ever opened

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.rank_bins import BINS, FROM, Binned, binned, bins_of
-from nas.ranking import Estimate, differences, statistics
+from nas.ranking.bins import BINS, FROM, Binned, binned, bins_of
+from nas.ranking.statistics import Estimate, differences, statistics
 
 
 class Bin(NamedTuple):

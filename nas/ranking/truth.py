@@ -34,11 +34,11 @@ from nas.build import Built, arch_file, data_of
 from nas.data import Data
 from nas.engine import Outcome, seed_from, signals
 from nas.evaluate import Scores, score_plain
-from nas.ranking import FEWEST
+from nas.ranking.statistics import FEWEST
+from nas.ranking.tables import read_table
 from nas.recipe import parse, plain_config, retrain_parser
 from nas.report import write_whole
 from nas.run import Run
-from nas.tables import read_table
 from search_spaces.arch import ArchFile
 from search_spaces.space import Arch, SearchSpace
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.ranking import FEWEST, Estimate, ends, kendall, note, resampled_taus, rounds_of, unsure
+from nas.ranking.statistics import FEWEST, Estimate, ends, kendall, note, resampled_taus, rounds_of, unsure
 
 BINS, FROM = 5, 30  # how many bins where nothing is said, and from how many architectures on
 

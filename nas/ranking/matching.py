@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nas.tables import NUMBERED, SAMPLE, Table, numbers
+from nas.ranking.tables import NUMBERED, SAMPLE, Table, numbers
 from search_spaces.space import Arch, SearchSpace, require
 
 _WHOLE = re.compile(r"\d+(\.0+)?")
