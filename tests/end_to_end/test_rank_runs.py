@@ -90,6 +90,7 @@ def test_a_restricted_run_leaves_out_what_it_cannot_serve(tied: Path, tmp_path: 
     assert report["left_out"] == {"not in the space of part": 12 - len(kept)} and report["bins"] is None
 
 
+@pytest.mark.slow
 @published
 def test_several_columns_against_published_taus() -> None:
     """../shared/papers/pooling-mixture.md, section 5, check 8."""

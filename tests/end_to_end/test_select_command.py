@@ -161,6 +161,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "my table%.csv"
 
 
+@pytest.mark.slow
 def test_a_limit_on_latency(mine: Path, table: Path) -> None:
     path = Path(ok("select", mine, "--latency", table, "--latency-at-most", "60%", "--threads", "1").last)
     assert path == mine / "picks" / "latency_at_most-60pct__by-my_table_.json"

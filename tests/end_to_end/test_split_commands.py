@@ -83,6 +83,7 @@ def test_the_run_says_which_leaf_serves(run: Path) -> None:
     assert lines[0].endswith(" parameters  supernet 1.0") and lines[1].startswith("1 subnet on 16 test images")
 
 
+@pytest.mark.slow
 def test_another_pick_of_a_tree(run: Path, tmp_path: Path) -> None:
     """``report.md`` offers it; limits that a leaf cannot meet are met by others, and a leaf alone says where to go."""
     report = (run / "report.md").read_text()

@@ -59,7 +59,7 @@ def test_the_gradient_of_a_real_sandwich() -> None:
             total.add_(0.0 if g is None else g)
     strategy = BigNAS(drop=0.0, weights=weights)
     strategy.start(Setup(net, SMALL, CostTable(net, (8, 8)), CrossEntropy(0.1), None, 1, 1, B))
-    strategy.update(lambda *_: Batch(x, y, y), moment(0, 1, 1, SEED))
+    strategy.update(lambda *_, **__: Batch(x, y, y), moment(0, 1, 1, SEED))
     for old, p, g in zip(before, net.parameters(), expected):
         assert torch.allclose(old - p.detach(), g, rtol=1e-8, atol=1e-11)
     assert sum(bool(g.any()) for g in expected) > 0.9 * len(expected)

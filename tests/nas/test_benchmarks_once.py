@@ -216,6 +216,7 @@ def test_a_killed_contestant_ends_with_the_same_curve(tmp_path: Path) -> None:
 NUMBERS = {"width": 10, "population": 10, "generations": 3, "subnets": 4, "images": 16}
 
 
+@pytest.mark.slow
 def test_steps_of_a_supernet_and_of_its_networks() -> None:
     bench = once.OnceBench(Conditions(pairs=2, batch=2, size=16), "channels_last", NUMBERS)
     assert set(once.CASES) == {f"{kind}, {what}" for kind in once.KINDS for what in

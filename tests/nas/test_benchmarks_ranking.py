@@ -34,6 +34,7 @@ def config_of(each: Plan) -> Any:
     return parse(search_parser(), read(find(each.job.contestant.recipe)), words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("contest", "epochs", "parts"), [
     (MACRO, {"SPOS": 15, "FairNAS": 5, "PA&DA": 15, "PA&DA, paths alone": 15, "PA&DA, data alone": 15, "GM + PA&DA": 5}, 1),
     (POOLINGS, {"one-shot (SPOS)": 15, "few-shot": 9, "mixture, M = 2": 11, "mixture, M = 4": 11}, 2),
@@ -57,6 +58,7 @@ def test_all_cost_alike_and_train_alike(tmp_path: Path, contest: Contest, epochs
                      else (0.08, 0.001, 0.9, False, 0.0, None, False, 1)}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_halves_splits_and_models_are_set(tmp_path: Path) -> None:
     plans = {each.job.contestant.name: each for each in plan(MACRO, asked(tmp_path, seeds=[1], width=0.5), [])}
     halves = {name: config_of(each).strategy.init_args for name, each in plans.items() if name.startswith("PA&DA")}
@@ -171,6 +173,7 @@ def test_poolings_are_ranked(tmp_path: Path) -> None:
     assert figures["truth"]["8-1-1"] == pytest.approx(83.6) and "gain" not in mixed  # the one-shot run was not asked for
 
 
+@pytest.mark.slow
 def test_path_steps_train_the_same_paths(capsys: pytest.CaptureFixture) -> None:
     """A tiny run; and both sides of a case see the same paths, pair by pair."""
     given = paths.main(["--pairs", "2", "--batch", "2", "--size", "8", "--C", "2", "--N", "1", "--width", "7", "--images", "20",

@@ -114,6 +114,7 @@ def test_a_difference_to_nothing_says_so() -> None:
 # ---- side by side --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison_of_two() -> None:
     p, q, t = noisy(5)
     macs = np.arange(40) // 4 * 1000  # ten values, four of each

@@ -124,6 +124,7 @@ def test_paths_that_an_option_would_kill_are_drawn_again(monkeypatch: pytest.Mon
     assert len(list(always)) == 1  # gives up
 
 
+@pytest.mark.slow
 def test_children_that_were_trained_are_not_begun_again(tmp_path: Path) -> None:
     """Where split.json was deleted, as a message says."""
     split = gm([1])

@@ -107,6 +107,7 @@ def test_distances_that_cannot_be_read_are_measured_anew(damage: str, tmp_path: 
     assert isinstance(again, Measured) and again.repeats == 4
 
 
+@pytest.mark.slow
 def test_a_child_whose_first_checkpoint_is_torn_is_begotten_again(tmp_path: Path) -> None:
     """Where the message says to delete it, nothing of its parent is lost, and the run ends in the same bits."""
     split, run = gm([1]), tmp_path / "run"

@@ -52,6 +52,7 @@ def test_the_search_net() -> None:
     assert sum(counter.get_flop_counts()["Global"].values()) == 2 * 300_255_744
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, parameters, products", WITHOUT)
 def test_evaluation_networks(form: Form, parameters: int, products: int) -> None:
     own, x = net(form), example(form)

@@ -200,6 +200,7 @@ def test_a_restricted_space_makes_a_smaller_net_of_the_same_cost() -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space, hw", [
     (Space(1, 4, "imagenet", blocks=3), 33), (Space(2, 4, skip_reduction_layer_input=True, blocks=3), 7),
 ])  # fmt: skip
