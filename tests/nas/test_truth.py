@@ -13,10 +13,10 @@ import pytest
 import torch
 from split_runs import Enough, breaking
 
-from nas import truth
 from nas.alone import network_for, prepared
 from nas.build import Built, arch_file, assemble, data_of
 from nas.evaluate import Scores, score_plain
+from nas.ranking import truth
 from nas.ranking.truth import COLUMNS, drawn, settings_of, trained_truth
 from nas.ranks import Ranks
 from nas.recipe import parse, plain_config, search_parser
