@@ -196,7 +196,7 @@ class Data:
         figures = [f"train {len(rows):,}", *stated.values(), f"test {len(self.splits['test'].rows):,}"]
         if self.subset is not None:
             read = fraction_of(len(rows), self.subset) // self.batch_size * self.batch_size
-            notes.append(f"an epoch reads {read:,} of train ({100 * self.subset:g}%, RS2 "
+            notes.append(f"an epoch reads {read:,} of train (the whole batches of {100 * self.subset:g}%, RS2 "
                          f"{'with' if self.subset_replacement else 'without'} replacement)")  # fmt: skip
         self._stated = "; ".join([", ".join(figures), *notes])
 

@@ -63,6 +63,11 @@ def score_plain(net: nn.Module, data: Data, split: str, device: torch.device, li
         net.train(was)
 
 
+def recalibrating(data: Data, images: int) -> int:
+    """How many training images recalibrate where ``images`` are asked: whole batches, at least one, of what there is."""
+    return min(max(1, images // data.batch_size) * data.batch_size, data.count("train"))
+
+
 def statistics_of(
     net: nn.Module, archs: Sequence[Mapping[str, Setting]], data: Data, device: torch.device, images: int
 ) -> list[Statistics]:

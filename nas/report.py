@@ -140,6 +140,9 @@ def _asked(built: Built, config: Mapping[str, Any]) -> str:
         ["length", f"{setup.steps:,} steps, {setup.steps / setup.epoch_steps:g} epochs, {passes:g} passes of "
                    f"{built.data.batch_size} images a step: {images}"],
     ]  # fmt: skip
+    head = config.get("head") or {}
+    if head.get("dropout"):
+        lines.insert(5, ["head", f"dropout {head['dropout']:g}, {head['samples']} samples"])
     return _table(lines)
 
 

@@ -81,8 +81,10 @@ class ConvMacro(nn.Module):
         known_view(view)
         side = self.space.image
         if tuple(input_size) != (side, side):
-            raise ValueError(f"images of {input_size[0]}x{input_size[1]}, but this space's are {side}x{side}. Give the space "
-                             f"image: {input_size[0]}, or resize the images.")
+            given, least = input_size[0], max(input_size[0], 12)
+            both = "" if given == least else f" and the images the same size (data.size: {least})"
+            raise ValueError(f"images of {given}x{input_size[1]}, but this space's are {side}x{side}. Give the space "
+                             f"image: {least}{both}, or bring the images to {side} (data.size: {side}).")  # fmt: skip
         hw, half, quarter = ((side // n, side // n) for n in (1, 2, 4))
         records = self.conv1.layers(hw) + self.conv2.layers(hw) + self.conv3.layers(half) + self.conv4.layers(quarter)
         records += self.conv5.layers((side // 4 - 2, side // 4 - 2))

@@ -143,7 +143,8 @@ def _check(config: Namespace, overrides: Sequence[str]) -> None:
 def _check_runs(config: Namespace) -> None:
     """UsageError where the words do not name run folders, each once."""
     if not config.source:
-        raise UsageError("which run? nas rank RUN --truth TABLE, a folder that nas search wrote; or give --predictions.")
+        raise UsageError("which run? nas rank RUN --truth TABLE (or train), RUN a folder that nas search wrote; or give "
+                         "--predictions.")
     seen: dict[Path, str] = {}
     for source in config.source:
         if not Path(source).is_dir():

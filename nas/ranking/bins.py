@@ -9,7 +9,7 @@ import numpy as np
 
 from nas.ranking.statistics import FEWEST, Estimate, ends, kendall, note, resampled_taus, rounds_of, unsure
 
-BINS, FROM = 5, 30  # how many bins where nothing is said, and from how many architectures on
+BINS, FROM = 5, 50  # how many bins where nothing is said, and from how many architectures on
 
 
 class Binned(NamedTuple):

@@ -37,7 +37,7 @@ def compare(
     top: int = 10, bins: int | None = None, seed: int = 1,
 ) -> Comparison:  # fmt: skip
     """``given`` and ``costs`` (macs, params; none where they are not known): values (n,) by ranker. ``bins``: how many bins of
-    MACs, 0 for none; None: five where MACs are known and of 30 architectures on. ValueError as of ``statistics``."""
+    MACs, 0 for none; None: five where MACs are known and of 50 architectures on. ValueError as of ``statistics``."""
     rankers = {**given, **costs}
     found = {name: statistics(p, truth, top, seed) for name, p in rankers.items()}
     apart = {pair: by for pair, by in differences(rankers, truth, seed).items() if pair[0] in given}

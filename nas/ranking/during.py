@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nas.build import Built
 from nas.engine import Act, seed_from
-from nas.evaluate import Scores, score_served
+from nas.evaluate import Scores, recalibrating, score_served
 from nas.log import RunLogs
 from nas.protocols import Moment, Strategy
 from nas.ranking.matching import match, split
@@ -156,7 +156,8 @@ class RankJudge:
             lines.append(f"| {row['step'] + 1:,} | {self._epoch(row):g} | {_said(row['kendall_tau'])} | "
                          f"{_said([row['spearman']])} |")  # fmt: skip
         lines.append(f"| MACs alone |  | {_said(self.macs)} |  |")
-        norm = f"recalibrated on {asked.bn_images:,} images" if asked.bn == "recalibrated" else "by batch statistics"
+        count = recalibrating(self.built.data, asked.bn_images)
+        norm = f"recalibrated on {count:,} images" if asked.bn == "recalibrated" else "by batch statistics"
         words = (f"{len(self.known.archs):,} architectures of {asked.truth}, column {self.known.value}; {LEVEL:.0%} intervals. "
                  f"Read in the supernet's weights on {self.rows[last]['images']:,} {self.built.data.reads(asked.split)} "
                  f"images, batch norm {norm}. {last + 1:,} readings in all: {CURVE}, nas monitor.")  # fmt: skip

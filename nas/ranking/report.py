@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nas.ranking.bins import FROM
 from nas.ranking.compare import Comparison
 from nas.ranking.picture import how, interval, picture, span
-from nas.ranking.statistics import LEVEL, Estimate
+from nas.ranking.statistics import LEVEL, Estimate, flat
 
 _log = logging.getLogger("nas")
 _WIDTH, _ACROSS = 26, 4  # characters of a cell, cells in a line
@@ -58,9 +58,13 @@ def tell(report: Mapping[str, Any], said: Said, found: Comparison) -> None:
             cells = "".join(f"{interval(by[name]) if name in by else '':{width}}" for name in names)
             if cells.strip():
                 _log.info("%s%s", f"{title:{head}}", cells.rstrip())
+    nothing = [name for name, values in found.rankers.items() if flat(values)]
+    for name in nothing:
+        _log.info("%s: all predictions are equal, so it ranks no better than chance", name)
     for title, by in lines:
-        for note in dict.fromkeys(estimate.note for estimate in by.values() if estimate.note):
-            _log.info("%s of %s: %s", title, ", ".join(name for name in by if by[name].note == note), note)
+        told = {name: estimate.note for name, estimate in by.items() if estimate.note and name not in nothing}
+        for note in dict.fromkeys(told.values()):
+            _log.info("%s of %s: %s", title, ", ".join(name for name in told if told[name] == note), note)
 
 
 def _lines(found: Comparison) -> Iterator[tuple[str, dict[str, Estimate]]]:

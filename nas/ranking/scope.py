@@ -17,7 +17,7 @@ from nas.build import Built
 from nas.commands.extract import load_source, recipe_of_run
 from nas.commands.spaces import classes, make
 from nas.cost import CostTable, params
-from nas.evaluate import score_served
+from nas.evaluate import recalibrating, score_served
 from nas.recipe import UsageError, build, parse, search_parser
 from search_spaces.patterns import restricted, tied
 from search_spaces.space import Arch, SearchSpace
@@ -138,9 +138,8 @@ def _read(config: Namespace, folder: Path, built: Built, archs: Sequence[Arch]) 
         _log.info("%s: %d of %d architectures", folder, len(scores), len(archs))
     said = {"run": str(folder), "step": built.step, "split": built.data.reads(config.split),
             "images": scores[0].n, "bn": config.bn, "batch_size": built.data.batch_size}  # fmt: skip
-    if config.bn == "recalibrated":  # whole batches, at least one, of what there is
-        batches = max(1, config.bn_images // built.data.batch_size)
-        said["bn_images"] = min(batches * built.data.batch_size, built.data.count("train"))
+    if config.bn == "recalibrated":
+        said["bn_images"] = recalibrating(built.data, config.bn_images)
     else:
         said["batch_size"] = min(built.data.batch_size, scores[0].n)
     return Reading(np.array([score.top1 for score in scores]), said)

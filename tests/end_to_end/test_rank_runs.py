@@ -20,7 +20,7 @@ from nas.ranking.statistics import differences, kendall
 
 TABLES = Path(__file__).resolve().parents[3] / "shared" / "tables"
 published = pytest.mark.skipif(not TABLES.is_dir(), reason="the published tables are not in ../shared/tables")
-MORE = list({NET.text(arch): None for arch in map(NET.sample, map(random.Random, range(40)))})[:30]
+MORE = list({NET.text(arch): None for arch in map(NET.sample, map(random.Random, range(80)))})[:50]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_two_runs_in_one_picture(tied: Path, other: Path) -> None:
-    truth = save("truth.csv", {"arch": MORE, "acc": [90 + i % 7 for i in range(30)]})
+    truth = save("truth.csv", {"arch": MORE, "acc": [90 + i % 7 for i in range(50)]})
     before = content(tied), content(other)
     result = ok("rank", tied, other, "--truth", truth, *QUICK, "--seed", "3")
     assert (content(tied), content(other)) == before
@@ -50,7 +50,7 @@ def test_two_runs_in_one_picture(tied: Path, other: Path) -> None:
     assert "nas: 2 runs are compared: the result goes into runs/rank, --out chooses another" in result.err
     report = json.loads(Path(result.last).read_text())
     a, b = (f"{folder.parent.name}/tied" for folder in (tied, other))  # made unique by their parents
-    assert list(report["rankers"]) == [a, b, "macs", "params"] and report["n"] == 30
+    assert list(report["rankers"]) == [a, b, "macs", "params"] and report["n"] == 50
     assert {name: (said["run"], said["step"]) for name, said in report["predictions"].items()} == {
         a: (str(tied), 12), b: (str(other), 6)}  # fmt: skip
     found = rows("runs/rank/rank.csv")
@@ -62,9 +62,9 @@ def test_two_runs_in_one_picture(tied: Path, other: Path) -> None:
     assert alone["rankers"] == {"prediction" if name == b else name: by for name, by in report["rankers"].items() if name != a}
     assert [float(row["prediction"]) for row in rows("alone/rank.csv")] == q.tolist()
     first, by = report["differences"][0], differences({a: p, b: q}, t, seed_from(3, "bootstrap"))[a, b]
-    assert (first["of"], first["less"], first["n"]) == (a, b, 30)
+    assert (first["of"], first["less"], first["n"]) == (a, b, 50)
     assert (first["value"], first["low"], first["high"]) == pytest.approx(by[:3])
-    assert sum(group["n"] for group in report["bins"]["macs"]) == 30 and len(report["bins"]["macs"]) > 1
+    assert sum(group["n"] for group in report["bins"]["macs"]) == 50 and len(report["bins"]["macs"]) > 1
     assert set(report["bins"]["rankers"]) == {a, b, "macs", "params"}
     low, high = (report["bins"]["macs"][0][key] for key in ("low", "high"))
     within = np.array([low <= int(row["macs"]) <= high for row in found])

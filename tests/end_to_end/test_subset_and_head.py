@@ -25,7 +25,7 @@ def steps(run: Path) -> list[int]:
 def test_a_search_says_what_it_reads_and_counts_it() -> None:
     said = ok(*SEARCH, *SUBSET, *HEAD, "--dry-run")
     assert json.loads(said.last)["steps"] == 6
-    assert "an epoch reads 48 of train (50%, RS2 without replacement)" in said.err
+    assert "an epoch reads 48 of train (the whole batches of 50%, RS2 without replacement)" in said.err
 
 
 def test_from_a_search_to_a_retrained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_from_a_search_to_a_retrained_network(tmp_path: Path, monkeypatch: pytes
     rows.clear()
     more = ("--epochs", "2", *DATA, "--threads", "1", "--plain.warmup_epochs", "0", "--data.subset", "0.1", "--log_every", "1")
     again = ok("retrain", bundle, *more, *HEAD, "--teacher", bundle, "--out", tmp_path / "again")
-    assert "an epoch reads 16 of train (10%, RS2 without replacement)" in again.err
+    assert "an epoch reads 16 of train (the whole batches of 10%, RS2 without replacement)" in again.err
     assert steps(tmp_path / "again") == [0, 1] and rows.count((16, 64)) == 2
     loaded = load_bundle(Path(again.last), rebuild)
     assert loaded.report["retrain"]["head"] == {"dropout": 0.3, "samples": 4} and loaded.report["retrain"]["steps"] == 2

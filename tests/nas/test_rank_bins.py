@@ -118,7 +118,7 @@ def test_a_difference_to_nothing_says_so() -> None:
 def test_a_comparison_of_two() -> None:
     p, q, t = noisy(5)
     macs = np.arange(40) // 4 * 1000  # ten values, four of each
-    found = compare({"a": p, "b": q}, {"macs": macs, "params": macs[::-1]}, t, top=3, seed=6)
+    found = compare({"a": p, "b": q}, {"macs": macs, "params": macs[::-1]}, t, top=3, bins=5, seed=6)
     assert list(found.rankers) == ["a", "b", "macs", "params"] and list(found.given) == ["a", "b"]
     assert found.statistics["b"] == statistics(q, t, 3, 6)
     assert list(found.differences) == [("a", "b"), ("a", "macs"), ("a", "params"), ("b", "macs"), ("b", "params")]
@@ -131,7 +131,7 @@ def test_a_comparison_of_two() -> None:
 
 
 def test_how_many_bins() -> None:
-    assert [how_many(None, n, True) for n in (29, 30, 500)] == [0, 5, 5] and how_many(None, 500, False) == 0
+    assert [how_many(None, n, True) for n in (49, 50, 500)] == [0, 5, 5] and how_many(None, 500, False) == 0
     assert how_many(3, 5, True) == 3 and how_many(0, 500, False) == how_many(0, 500, True) == 0
     with pytest.raises(ValueError, match=r"--bins 4: the MACs of these architectures are not known. Name a run"):
         how_many(4, 100, False)
