@@ -22,6 +22,8 @@ def started(seed: int = 1, models: int = 2, drop: float = 0.0) -> Mixture:
     space = PoolingResNet((2, 1), 1, (4, 6))
     net = Net(space, channels=1, classes=10).double()
     net.reset(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        net.classifier.weight.mul_(50)  # images are told apart from the start
     if drop:
         Head(drop, 1).attach(net)
     strategy = Mixture(models, weights=Weights(lr=0.01, lr_min=0.01, clip=None))
@@ -31,7 +33,7 @@ def started(seed: int = 1, models: int = 2, drop: float = 0.0) -> Mixture:
 
 
 def batches() -> Any:
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 200, 1, 8, 8, generator=generator, dtype=torch.float64) * 3 + 1
     y = torch.randint(10, (2, 200), generator=generator)
     return lambda split, *_, **__: Batch(x[int(split == "valid")], y[int(split == "valid")], torch.arange(200))
@@ -53,7 +55,7 @@ def test_the_reward_is_read_by_the_statistics_of_its_batch_and_without_dropout(d
     with torch.no_grad():
         by_batch = (net.train()(x, arch).argmax(1) == y).double().mean().item()
         by_running = (net.eval()(x, arch).argmax(1) == y).double().mean().item()
-    assert metrics["valid/top1"] == pytest.approx(by_batch, abs=1e-6) and by_batch != by_running
+    assert metrics["valid/top1"] == pytest.approx(by_batch, abs=1e-6) and abs(by_batch - by_running) > 1e-3
     assert row[m] == pytest.approx(0.9 + 0.1 * by_batch, abs=1e-7)
 
 
