@@ -228,7 +228,8 @@ def test_draws_with_odds_are_of_all_images() -> None:
 
 
 def test_it_is_said() -> None:
-    assert digits(subset=0.6).describe().endswith("; an epoch reads 50 of train (the whole batches of 60%, RS2 without replacement)")
+    said = digits(subset=0.6).describe()
+    assert said.endswith("; an epoch reads 50 of train (the whole batches of 60%, RS2 without replacement)")
     said = digits(subset=0.6, subset_replacement=True).describe()
     assert said.endswith("; an epoch reads 50 of train (the whole batches of 60%, RS2 with replacement)")
 
