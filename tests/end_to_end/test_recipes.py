@@ -1,6 +1,7 @@
 """Every shipped recipe parses, its space, supernet and strategy can be built, and its budgets can be met."""
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from cli import SEARCH, ok
+from jsonargparse import Namespace
 
 from nas.budget import budget
 from nas.commands.retrain import base_of
@@ -24,14 +26,18 @@ IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": (
           "folder": ((3, 224, 224), 1000)}  # fmt: skip
 
 
+@functools.cache
+def parsed(name: str) -> Namespace:
+    return parse(search_parser(), read(find(name)), [])
+
+
 def test_all_recipes_are_found() -> None:
     assert {"tas-digits", "tas-resnet20-cifar10"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
-    recipe = read(find(name))
-    config = parse(search_parser(), recipe, [])
+    recipe, config = read(find(name)), parsed(name)
     shape, classes = IMAGES[config.data.name]
     space = tied(restricted(build(config.space), config.restrict), config.tie)
     with torch.device("meta"):  # no memory and no numbers: only costs are read
@@ -54,15 +60,15 @@ def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_images_that_train_weights_do_not_judge_them(name: str) -> None:
     """RARTS trains a copy of the weights on the validation images, so its picks read others. Retraining takes them all."""
-    recipe = read(find(name))
-    config = parse(search_parser(), recipe, [])
+    recipe, config = read(find(name)), parsed(name)
     held = config.data.select_fraction
     assert config.data.valid_fraction > 0 and (held >= 0.1 if name.startswith("rarts-") else held >= 0.0)
     retraining = parse(retrain_parser(), base_of(recipe), []).data
     assert (retraining.valid_fraction, retraining.select_fraction) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name if name.endswith("-digits") else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in RECIPES])
 def test_a_runs_config_reads_back_as_itself(name: str) -> None:
     parser = search_parser()
     inner = "" if name.startswith("tas-") else "weights."  # of TAS, flat
