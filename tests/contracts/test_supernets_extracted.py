@@ -28,7 +28,15 @@ FIVE = ("mobilenet-transform", "proxyless", "bignas", "attentive")
 ONCE = (*FIVE, "mobilenet-crop", "mobilenet-7")
 
 
-@pytest.fixture(params=SUPERNETS, ids=lambda entry: entry.id)
+VARIANTS = ("cifar20-tied-shared", "cifar20-tied-sum", "cifar20-tas-shared-sum", "bottleneck-tas", "imagenet18-tied",
+            "imagenet18-tas", "topology-entangled", "darts-entangled", "sizes-shared-sum", "conv-macro-outputs", "vit-full",
+            "mobilenet-crop", "mobilenet-7", "resnet50d-sizes", "channel-resnet-shared-sum", "channel-mobilenet-sum",
+            "nasbenchmacro-places", "pooling-once")  # fmt: skip
+"""Other settings of an entry beside them: with the slow tests."""
+
+
+@pytest.fixture(params=[pytest.param(entry, marks=[pytest.mark.slow] if entry.id in VARIANTS else []) for entry in SUPERNETS],
+                ids=lambda entry: entry.id)
 def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
 

@@ -35,7 +35,8 @@ def test_all_recipes_are_found() -> None:
     assert {"tas-digits", "tas-resnet20-cifar10"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith("-imagenet") else name
+                                  for name in RECIPES])
 def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     recipe, config = read(find(name)), parsed(name)
     shape, classes = IMAGES[config.data.name]
