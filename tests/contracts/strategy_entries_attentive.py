@@ -21,6 +21,6 @@ def alphanet(name: str, kind: str, slow: bool = False, **given: Any) -> Entry:
 ENTRIES = [
     attentive("", "attentive"), attentive("-worst", "mobile-sized", pick="worst", candidates=2, slow=True),
     attentive("-mean", "tied", candidates=1, combine="mean", slow=True),
-    alphanet("", "attentive"), alphanet("-mean", "mobile", combine="mean", alphas=(0.0, 2.0), slow=True),
+    alphanet("", "attentive", slow=True), alphanet("-mean", "mobile", combine="mean", alphas=(0.0, 2.0), slow=True),
     alphanet("", "tied", children=3, slow=True),
 ]  # fmt: skip

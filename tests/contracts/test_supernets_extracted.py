@@ -31,8 +31,8 @@ ONCE = (*FIVE, "mobilenet-crop", "mobilenet-7")
 VARIANTS = ("cifar20-tied-shared", "cifar20-tied-sum", "cifar20-tas-shared-sum", "bottleneck-tas", "imagenet18-tied",
             "imagenet18-tas", "topology-entangled", "darts-entangled", "sizes-shared-sum", "conv-macro-outputs", "vit-full",
             "mobilenet-crop", "mobilenet-7", "resnet50d-sizes", "channel-resnet-shared-sum", "channel-mobilenet-sum",
-            "nasbenchmacro-places", "pooling-once")  # fmt: skip
-"""Other settings of an entry beside them: with the slow tests."""
+            "nasbenchmacro-places", "pooling-once", "bignas", "proxyless", "bottleneck-tied", "channel-mobilenet")  # fmt: skip
+"""Other settings, or other sizes of the same blocks, of an entry beside them: with the slow tests."""
 
 
 @pytest.fixture(params=[pytest.param(entry, marks=[pytest.mark.slow] if entry.id in VARIANTS else []) for entry in SUPERNETS],
