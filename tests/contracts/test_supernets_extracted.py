@@ -94,6 +94,7 @@ def test_the_extracted_network_is_the_supernet(entry: Entry) -> None:
             assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_printed_file_is_the_network(entry: Entry) -> None:
     """With weights inherited where that can be; ``check`` compares names and logits of what the text makes."""
     net, x = entry.net(), entry.images(batch=2)

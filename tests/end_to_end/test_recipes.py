@@ -35,8 +35,10 @@ def test_all_recipes_are_found() -> None:
     assert {"tas-digits", "tas-resnet20-cifar10"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith("-imagenet") else name
-                                  for name in RECIPES])
+MOSTLY_SLOW = [name if name.endswith("-digits") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+
+
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_a_shipped_recipe_can_be_built_and_its_budget_met(name: str) -> None:
     recipe, config = read(find(name)), parsed(name)
     shape, classes = IMAGES[config.data.name]
@@ -68,8 +70,7 @@ def test_images_that_train_weights_do_not_judge_them(name: str) -> None:
     assert (retraining.valid_fraction, retraining.select_fraction) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", [name if name.endswith("-digits") else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in RECIPES])
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_a_runs_config_reads_back_as_itself(name: str) -> None:
     parser = search_parser()
     inner = "" if name.startswith("tas-") else "weights."  # of TAS, flat
