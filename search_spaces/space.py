@@ -187,20 +187,14 @@ class SearchSpace:
         return frozenset(live)
 
     def canonical(self, arch: Mapping[str, Value]) -> Arch:
-        """``arch`` in the space's order, inert settings set to the first option of the ROOT choice.
-
-        Values off the lists are kept: ``check`` judges, ``canonical`` does not. Raises ValueError for missing or
-        unknown names.
-        """
+        """``arch`` in the space's order, inert settings set to the first option of the ROOT choice. Values off the lists are
+        kept: ``check`` judges. Raises ValueError for missing or unknown names."""
         live = self.counting(arch)
         return {c.name: arch[c.name] if c.name in live else c.options[0] for c in self.root.choices}
 
     def normal(self, arch: Mapping[str, Value]) -> Arch:
-        """Of the architectures that compute the same function when trained alone, and that shared weights can serve alike, the
-        one that serves them all; canonical, of the root. In most families the canonical ``arch`` itself.
-
-        A supernet runs it in the place of ``arch``; equal ``key``s follow.
-        """
+        """What a supernet runs in the place of ``arch``: of the architectures that are one network when trained alone, the one
+        whose weights can serve them all; canonical, of the root. In most families that is the canonical ``arch``."""
         return self.canonical(arch)
 
     def key(self, arch: Mapping[str, Value]) -> Hashable:
@@ -212,10 +206,8 @@ class SearchSpace:
         return ",".join(f"{name}={value}" for name, value in self.canonical(arch).items())
 
     def parse(self, text: str) -> Arch:
-        """The architecture that ``text`` writes down, canonical; of the root: ``check`` judges a restriction.
-
-        Raises ValueError for another form, missing, double or unknown names, and options off the root's lists.
-        """
+        """The architecture that ``text`` writes down, canonical; of the root: ``check`` judges a restriction. Raises ValueError
+        for another form, missing, double or unknown names, and options off the root's lists."""
         arch: Arch = {}
         for word in text.strip().split(","):
             name, equals, value = (part.strip() for part in word.partition("="))

@@ -195,10 +195,14 @@ def test_a_choice_without_a_gradient_counts_and_an_inert_one_does_not() -> None:
                 p.grad = torch.zeros_like(p)
         own.look({"e0": "conv", "e1": "conv", "e2": "none"})
         assert own.G[0].tolist() == [0.0, 6.0 / 2 / 2, 0.0]
+    two = ("conv", "wide")
+    choices = [Choice("e0", OPTIONS, False), Choice("e1", two, False), Choice("e2", two, False, (("e0", ("wide",)),))]
+    space = SearchSpace(choices, {}, dear=dict.fromkeys(names, "wide"), cheap={"e0": "none", "e1": "conv", "e2": "conv"})
+    net = Ops(space)
     own = PathImportance(space, net, True, 0.0, CPU)
-    graded(net, {"e0": "conv", "e2": "conv"}, 6.0)
-    own.look({"e0": "conv", "e1": "none", "e2": "conv"})  # e2 does not count where e0 is not wide
-    assert own.G[0].tolist() == [0.0, 3.0, 0.0]
+    graded(net, {"e0": "conv", "e1": "conv"}, 6.0)
+    own.look({"e0": "conv", "e1": "conv", "e2": "wide"})  # e2 does not count where e0 is not wide
+    assert [G.tolist() for G in own.G] == [[0.0, 3.0, 0.0], [3.0, 0.0]]
 
 
 def test_weights_that_serve_another_place_are_read_where_they_are() -> None:

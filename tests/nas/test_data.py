@@ -148,6 +148,14 @@ def test_ranks_share_the_global_batch(odds):
         assert torch.equal(torch.cat([s[part] for s in shares]), one[part])
 
 
+def test_odds_that_are_changed_in_place_are_read_again():
+    draw, odds = digits().feed(0, "cpu"), torch.zeros(1438)
+    odds[7] = 1
+    assert set(draw("train", odds=odds).index.tolist()) == {7}
+    odds.zero_()[9] = 1
+    assert set(draw("train", odds=odds).index.tolist()) == {9}
+
+
 def test_odds_are_drawn_in_proportion_with_replacement():
     order = Order(4, 1000, 3, "cpu")
     index = torch.cat([order(step, torch.tensor([0.0, 1.0, 3.0, 0.0]))[0] for step in range(4)])
